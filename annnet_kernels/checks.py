@@ -1,0 +1,101 @@
+"""Every error that a user's arguments can cause, raised once, at the public door.
+
+A message names the argument, what was expected and what came. The functions return the argument in canonical form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from numbers import Integral, Real
+
+import torch
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _shape(x: torch.Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def tensor(name: str, value: object) -> torch.Tensor:
+    """A tensor of a floating-point type that the operators support."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected dtype float32, float64, bfloat16 or float16, got {value.dtype}")
+    return value
+
+
+def feature_map(name: str, value: object, channels: int | None = None) -> torch.Tensor:
+    """A (B, C, H, W) map with at least one channel, row and column; the batch may be empty."""
+    x = tensor(name, value)
+    if x.dim() != 4:
+        raise ValueError(f"{name}: expected a feature map of shape (B, C, H, W), got shape {_shape(x)}")
+    if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"{name}: expected at least one channel, row and column, got shape {_shape(x)}")
+    if channels is not None and x.shape[1] != channels:
+        raise ValueError(f"{name}: expected {channels} channels, got {x.shape[1]} in shape {_shape(x)}")
+    return x
+
+
+def tokens(name: str, value: object, batch: int, channels: int | None, count: int | None) -> torch.Tensor:
+    """A (B, C, T) tensor of at least one token, with the batch, channels and count it must have."""
+    x = tensor(name, value)
+    if x.dim() != 3:
+        raise ValueError(f"{name}: expected tokens of shape (B, C, T), got shape {_shape(x)}")
+    if x.shape[1] == 0 or x.shape[2] == 0:
+        raise ValueError(f"{name}: expected at least one channel and one token, got shape {_shape(x)}")
+    if x.shape[0] != batch:
+        raise ValueError(f"{name}: expected the batch of query, {batch}, got {x.shape[0]} in shape {_shape(x)}")
+    if channels is not None and x.shape[1] != channels:
+        raise ValueError(f"{name}: expected the channels of query, {channels}, got {x.shape[1]} in shape {_shape(x)}")
+    if count is not None and x.shape[2] != count:
+        raise ValueError(f"{name}: expected the tokens of key, {count}, got {x.shape[2]} in shape {_shape(x)}")
+    return x
+
+
+def same_kind(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Both on one device and of one dtype."""
+    if x.device != other.device:
+        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {x.device}")
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {x.dtype}")
+
+
+def positive_int(name: str, value: object) -> int:
+    """An integer of at least 1 (a bool is none)."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a positive integer, got {value!r} of type {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {int(value)}")
+    return int(value)
+
+
+def output_sizes(name: str, value: object) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Heights and widths of the levels; each level is an integer or an (h, w) pair."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name}: expected a sequence of pool sizes, such as (1, 3, 6, 8), got {value!r}")
+    heights, widths = [], []
+    for index, size in enumerate(value):
+        label = f"{name}[{index}]"
+        if isinstance(size, (tuple, list)):
+            if len(size) != 2:
+                raise ValueError(f"{label}: expected an integer or a pair (h, w), got {size!r}")
+            height, width = size
+        else:
+            height = width = size
+        heights.append(positive_int(label, height))
+        widths.append(positive_int(label, width))
+    if not heights:
+        raise ValueError(f"{name}: expected at least one pool size, got {value!r}")
+    return tuple(heights), tuple(widths)
+
+
+def scale(name: str, value: object) -> float:
+    """A finite real number."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a real number or None, got {value!r} of type {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    return float(value)

@@ -1,0 +1,114 @@
+"""The public operators: check the arguments, resolve the defaults, call the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import checks, pyramid
+from .backends import requested_backend
+from .ops import AsymmetricAttention, PyramidPool
+
+PoolSizes = Sequence[int | tuple[int, int]]
+
+
+def pyramid_pool(x: Tensor, output_sizes: PoolSizes = pyramid.POOL_SIZES) -> Tensor:
+    """Average-pool a feature map to every level of a pyramid in one pass.
+
+    Level ``s`` is ``AdaptiveAvgPool2d(s)``, its bins in row-major order; the levels follow each other, T = Σ s².
+    Sums are float32 (float64 for float64) and rounded once. Bitwise deterministic; twice differentiable.
+    Under autocast the map keeps its dtype.
+
+    Args:
+        x: feature map (B, C, H, W), float32, float64, bfloat16 or float16, in any strides (nothing is copied).
+        output_sizes: pool sizes, integers or (h, w) pairs.
+
+    Returns:
+        Tokens (B, C, T) of the dtype of ``x``, token-major in memory: strides (T·C, 1, C).
+
+    Raises:
+        TypeError: ``x`` is no floating-point tensor, or a pool size no integer.
+        ValueError: ``x`` is not 4-D or has no pixel or channel; ``output_sizes`` is empty or has a size below 1.
+        RuntimeError: a requested backend cannot run.
+
+    Source: pyramid pooling of the asymmetric blocks, Zhu et al. 2019, arXiv 1908.07678, section 3.2.
+
+    Example:
+        >>> import torch, annnet_kernels as ak
+        >>> ak.pyramid_pool(torch.randn(2, 64, 97, 97)).shape
+        torch.Size([2, 64, 110])
+    """
+    checks.feature_map("x", x)
+    heights, widths = checks.output_sizes("output_sizes", output_sizes)
+    pooled: Tensor = PyramidPool.apply(x, list(heights), list(widths), requested_backend())
+    return pooled
+
+
+def token_regions(output_sizes: PoolSizes, map_size: tuple[int, int]) -> list[pyramid.TokenRegion]:
+    """Which rectangle of the map each token of :func:`pyramid_pool` stands for.
+
+    Args:
+        output_sizes: pool sizes, integers or (h, w) pairs.
+        map_size: (H, W) of the pooled map, in pixels.
+
+    Returns:
+        One ``TokenRegion(top, bottom, left, right)`` per token, half-open, in token order.
+
+    Raises:
+        TypeError, ValueError: a size is no integer of at least 1.
+    """
+    heights, widths = checks.output_sizes("output_sizes", output_sizes)
+    ((height, width),) = zip(*checks.output_sizes("map_size", [tuple(map_size)]), strict=True)
+    return pyramid.regions(heights, widths, height, width)
+
+
+def asymmetric_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """Attention of every pixel of a map over T pooled tokens: softmax(scale · QKᵀ) V, fused.
+
+    No N × T matrix is written, and the map is neither permuted nor copied. Logits and softmax are float32 (float64
+    for float64). Bitwise deterministic; differentiable once. Under autocast the three operands are cast to the
+    autocast dtype, as matrix products are.
+
+    Args:
+        query: (B, Ck, H, W), float32, float64, bfloat16 or float16, in any strides.
+        key: (B, Ck, T), same dtype and device, T ≥ 1.
+        value: (B, Cv, T), same dtype and device.
+        scale: factor of the logits; None means Ck^-0.5.
+
+    Returns:
+        (B, Cv, H, W) of the dtype of ``query``, channels_last if ``query`` is, else contiguous.
+
+    Raises:
+        TypeError: an operand is no floating-point tensor, dtypes differ, or ``scale`` is no number.
+        ValueError: a rank, channel count, batch, token count or device does not fit; ``scale`` is not finite.
+        RuntimeError: a requested backend cannot run.
+
+    Source: asymmetric non-local attention, Zhu et al. 2019, arXiv 1908.07678, equations 5 to 7.
+
+    Example:
+        >>> import torch, annnet_kernels as ak
+        >>> query, tokens = torch.randn(2, 64, 33, 40), torch.randn(2, 64, 110)
+        >>> ak.asymmetric_attention(query, tokens, tokens).shape
+        torch.Size([2, 64, 33, 40])
+    """
+    checks.feature_map("query", query)
+    checks.tokens("key", key, batch=query.shape[0], channels=query.shape[1], count=None)
+    checks.tokens("value", value, batch=query.shape[0], channels=None, count=key.shape[2])
+    query, key, value = _autocast(query, key, value)
+    checks.same_kind("key", key, "query", query)
+    checks.same_kind("value", value, "query", query)
+    factor = query.shape[1] ** -0.5 if scale is None else checks.scale("scale", scale)
+    out: Tensor
+    out, _ = AsymmetricAttention.apply(query, key, value, factor, requested_backend())
+    return out
+
+
+def _autocast(*operands: Tensor) -> tuple[Tensor, ...]:
+    """The operands in the autocast dtype where autocast is on; float64 stays, as in PyTorch's own operators."""
+    device_type = operands[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return operands
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in operands)

@@ -1,0 +1,77 @@
+"""The C++ extension ``annnet_kernels._C``: loaded once, or the reason why not.
+
+``setup.py`` writes a record beside the library that names the torch it was built for. It is read before the library
+is opened, since a library built for another torch would fail with undefined symbols.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sysconfig
+import warnings
+from pathlib import Path
+
+import torch
+
+_BUILD_COMMAND = "python setup.py build_ext --inplace, or pip install --no-build-isolation ."
+
+
+def _library_path() -> Path:
+    return Path(__file__).with_name("_C" + str(sysconfig.get_config_var("EXT_SUFFIX")))
+
+
+def _load() -> str | None:
+    """Load the extension; the reason if it is not there or not usable."""
+    library = _library_path()
+    if not library.exists():
+        return f"the C++ extension is not built ({_BUILD_COMMAND})"
+    record = library.with_suffix(".json")
+    try:
+        built_for = json.loads(record.read_text())["torch"]
+    except (OSError, ValueError, KeyError) as error:
+        reason = f"the C++ extension has no readable build record {record.name} ({error}); rebuild it: {_BUILD_COMMAND}"
+    else:
+        if built_for != torch.__version__:
+            reason = (
+                f"the C++ extension was built for torch {built_for}, this is torch {torch.__version__}; "
+                f"rebuild it: {_BUILD_COMMAND}"
+            )
+        else:
+            try:
+                importlib.import_module("annnet_kernels._C")
+                return None
+            except ImportError as error:
+                reason = f"the C++ extension failed to load ({error}); rebuild it: {_BUILD_COMMAND}"
+    warnings.warn(f"annnet_kernels: {reason}. Falling back to PyTorch.", RuntimeWarning, stacklevel=2)
+    return reason
+
+
+_load_failure = _load()
+
+
+def why_not(device_type: str) -> str | None:
+    """Why the extension cannot serve tensors on this type of device; None if it can."""
+    if _load_failure is not None:
+        return _load_failure
+    if device_type == "cpu" or (device_type == "cuda" and has_cuda_kernels()):
+        return None
+    if device_type == "cuda":
+        return "the extension was built without its CUDA part"
+    return f"the extension has no kernels for {device_type} tensors"
+
+
+def has_cuda_kernels() -> bool:
+    """Whether the loaded extension holds the CUDA kernels."""
+    return _load_failure is None and "cuda" in importlib.import_module("annnet_kernels._C").parts()
+
+
+def cpu_level() -> str | None:
+    """Instruction set that the CPU kernels use here (``"baseline"``, ``"avx2"`` or ``"avx512"``); None when not loaded.
+
+    Chosen at load time from the running processor; the environment variable ``ANNNET_CPU_LEVEL`` lowers it.
+    """
+    if _load_failure is not None:
+        return None
+    level: str = importlib.import_module("annnet_kernels._C").cpu_level()
+    return level

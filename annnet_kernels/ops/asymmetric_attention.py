@@ -1,0 +1,195 @@
+"""annnet::asymmetric_attention: softmax(scale · QKᵀ) V of N pixels against T tokens, and its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import requested_backend
+from ..layouts import empty_map, empty_tokens, is_channels_last
+from .registration import register
+
+
+def _allocate(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    batch, _, height, width = query.shape
+    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
+    out = empty_map(query, (batch, value.shape[1], height, width), is_channels_last(query))
+    return out, query.new_empty((batch, height * width), dtype=statistics)
+
+
+def _allocate_bwd(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logsumexp: Tensor,
+    scale: float,
+    needs: Sequence[bool],
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, height, width = query.shape
+    nothing = (0,)
+    dquery = empty_map(query, (batch, query.shape[1], height, width), is_channels_last(query)) if needs[0] else None
+    dkey = empty_tokens(key, *key.shape) if needs[1] else None
+    dvalue = empty_tokens(value, *value.shape) if needs[2] else None
+    return tuple(grad if grad is not None else query.new_empty(nothing) for grad in (dquery, dkey, dvalue))  # type: ignore[return-value]
+
+
+def _fold(info: Any, in_dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Give every tensor the vmapped dimension, then fold it into the batch."""
+    folded = []
+    for tensor, dim in zip(tensors, in_dims, strict=False):
+        batched = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        folded.append(batched.flatten(0, 1))
+    return folded
+
+
+def _unfold(info: Any, outputs: Sequence[Tensor]) -> Any:
+    size: int = info.batch_size
+    unfolded = tuple(out.unflatten(0, (size, -1)) if out.dim() > 1 else out.expand(size, 0) for out in outputs)
+    return unfolded, (0,) * len(unfolded)
+
+
+def _vmap(info: Any, in_dims: Sequence[int | None], query: Tensor, key: Tensor, value: Tensor, scale: float) -> Any:
+    return _unfold(info, torch.ops.annnet.asymmetric_attention(*_fold(info, in_dims, (query, key, value)), scale))
+
+
+def _vmap_bwd(
+    info: Any,
+    in_dims: Sequence[int | None],
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logsumexp: Tensor,
+    *constants: Any,
+) -> Any:
+    folded = _fold(info, in_dims, (grad_out, query, key, value, logsumexp))
+    return _unfold(info, torch.ops.annnet.asymmetric_attention_bwd(*folded, *constants))
+
+
+def _flops(query_shape: Sequence[int], key_shape: Sequence[int], value_shape: Sequence[int], *_: Any, **__: Any) -> int:
+    """QKᵀ and AV."""
+    batch, _, height, width = query_shape
+    return 2 * batch * height * width * key_shape[2] * (key_shape[1] + value_shape[1])
+
+
+def _flops_bwd(
+    grad_shape: Sequence[int],
+    query_shape: Sequence[int],
+    key_shape: Sequence[int],
+    value_shape: Sequence[int],
+    logsumexp_shape: Sequence[int],
+    scale: float,
+    needs: Sequence[bool],
+    *_: Any,
+    **__: Any,
+) -> int:
+    """QKᵀ again; dA = G Vᵀ for the query and the key; then one product per gradient that is asked for."""
+    batch, _, height, width = query_shape
+    pairs = 2 * batch * height * width * key_shape[2]
+    key_width, value_width = key_shape[1], value_shape[1]
+    logits_gradient = value_width if needs[0] or needs[1] else 0
+    products: int = needs[0] * key_width + needs[1] * key_width + needs[2] * value_width
+    return pairs * (key_width + logits_gradient + products)
+
+
+_route = register(
+    "asymmetric_attention(Tensor query, Tensor key, Tensor value, float scale) -> (Tensor out, Tensor logsumexp)",
+    allocate=_allocate,
+    reference=reference.asymmetric_attention_out,
+    triton_module="asymmetric_attention",
+    vmap=_vmap,
+    flops=_flops,
+)
+_route_bwd = register(
+    "asymmetric_attention_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor logsumexp, float scale,"
+    " bool[] needs, str? backend) -> (Tensor dquery, Tensor dkey, Tensor dvalue)",
+    allocate=_allocate_bwd,
+    reference=reference.asymmetric_attention_bwd_out,
+    triton_module="asymmetric_attention",
+    vmap=_vmap_bwd,
+    flops=_flops_bwd,
+)
+
+
+class AsymmetricAttention(torch.autograd.Function):
+    """Returns (out, logsumexp); saves query, key, value and logsumexp. Reverse mode only, and only once."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, scale: float, backend: str | None) -> tuple[Tensor, Tensor]:
+        out, logsumexp = torch.ops.annnet.asymmetric_attention(query, key, value, scale)
+        return out, logsumexp
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        query, key, value, ctx.scale, ctx.backend = inputs
+        _, logsumexp = output
+        ctx.mark_non_differentiable(logsumexp)
+        ctx.save_for_backward(query, key, value, logsumexp)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_logsumexp: Tensor) -> Any:
+        needs = list(ctx.needs_input_grad[:3])
+        gradients = AsymmetricAttentionBackward.apply(grad_out, *ctx.saved_tensors, ctx.scale, needs, ctx.backend)
+        dquery, dkey, dvalue = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+        return dquery, dkey, dvalue, None, None  # scale, backend
+
+
+class AsymmetricAttentionBackward(torch.autograd.Function):
+    """Gradients of :class:`AsymmetricAttention`; differentiating them once more is refused."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        logsumexp: Tensor,
+        scale: float,
+        needs: list[bool],
+        backend: str | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dquery, dkey, dvalue = torch.ops.annnet.asymmetric_attention_bwd(
+            grad_out, query, key, value, logsumexp, scale, needs, backend
+        )
+        return dquery, dkey, dvalue
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise NotImplementedError("asymmetric_attention: second derivatives are not implemented")
+
+
+@_route
+def _differentiable(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, logsumexp = AsymmetricAttention.apply(query, key, value, scale, requested_backend())
+    return out, logsumexp
+
+
+@_route_bwd
+def _differentiable_bwd(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logsumexp: Tensor,
+    scale: float,
+    needs: list[bool],
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dquery, dkey, dvalue = AsymmetricAttentionBackward.apply(
+        grad_out, query, key, value, logsumexp, scale, needs, backend
+    )
+    return dquery, dkey, dvalue

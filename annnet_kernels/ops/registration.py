@@ -1,0 +1,96 @@
+"""How an operator becomes known to PyTorch: schema, fake, choice of implementation, autograd, vmap, FLOP formula.
+
+An operator is written once as an allocator of its outputs (which is also its fake) and as implementations that fill
+those outputs; every implementation takes the operator's arguments followed by the allocated outputs. So the layout of
+an output is decided in one place, whichever implementation runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.forward_ad import unpack_dual
+
+from ..backends import choose_backend, requested_backend
+from .flops import register_flops
+
+NAMESPACE = "annnet"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+
+def register(
+    schema: str,
+    *,
+    allocate: Callable[..., Any],
+    reference: Callable[..., None],
+    triton_module: str,
+    vmap: Callable[..., Any],
+    flops: Callable[..., int],
+) -> Callable[[Callable[..., Any]], None]:
+    """Define an operator and return a function that gives it the autograd Function to route through.
+
+    Args:
+        schema: the operator's schema. One whose last argument is ``str? backend`` follows that request (the backward
+            operators: they get the request of their forward); any other follows ``use_backend``.
+        allocate: arguments → uninitialised output, or tuple of outputs. Serves as fake kernel, too.
+        reference: plain PyTorch implementation.
+        triton_module: module of ``annnet_kernels.kernels`` whose function named as the operator launches the kernel.
+            It is imported at the first launch, so that importing the package does not import Triton.
+        vmap: batching rule, as ``torch.library.register_vmap`` takes it.
+        flops: FLOP of a call (2 per multiply-add), as ``register_flop_formula`` takes it.
+    """
+    name = schema.split("(", 1)[0]
+    takes_backend = "str? backend" in schema
+    LIBRARY.define(schema, tags=_TAGS)
+    operator = getattr(getattr(torch.ops, NAMESPACE), name)
+
+    def run(*arguments: Any) -> Any:
+        *operands, requested = arguments if takes_backend else (*arguments, requested_backend())
+        first: torch.Tensor = operands[0]
+        outputs = allocate(*arguments)
+        chosen = choose_backend(name, first.device, first.dtype, requested)
+        fill: Callable[..., None]
+        if chosen == "triton":
+            fill = getattr(importlib.import_module(f"annnet_kernels.kernels.{triton_module}"), name)
+        elif chosen == "native":
+            fill = getattr(torch.ops.annnet_native, name)
+        else:
+            fill = reference
+        fill(*operands, *(outputs if isinstance(outputs, tuple) else (outputs,)))
+        return outputs
+
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", allocate, lib=LIBRARY)
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap, lib=LIBRARY)
+    register_flops(operator, flops)
+
+    def route_autograd(differentiable: Callable[..., Any]) -> None:
+        def autograd(*arguments: Any) -> Any:
+            if _needs_autograd(name, arguments):
+                return differentiable(*arguments)
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*arguments)
+
+        LIBRARY.impl(name, autograd, "Autograd")
+
+    return route_autograd
+
+
+def _needs_autograd(name: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether a bare operator must record a gradient; torch.func transforms are refused, forward mode with them."""
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+    tangent = any(unpack_dual(t).tangent is not None for t in tensors)
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if (tangent or recorded) and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"torch.ops.{NAMESPACE}.{name}: the bare operator has no torch.func derivatives; "
+            f"call the function of annnet_kernels (reverse mode only)"
+        )
+    if tangent:
+        raise NotImplementedError(f"torch.ops.{NAMESPACE}.{name}: forward-mode differentiation is not implemented")
+    return recorded

@@ -1,0 +1,19 @@
+"""Plain PyTorch: the operators' fallback (``operators``), the published blocks (``blocks``), the truth (``truth``)."""
+
+from .operators import (
+    asymmetric_attention,
+    asymmetric_attention_bwd_out,
+    asymmetric_attention_out,
+    pyramid_pool,
+    pyramid_pool_bwd_out,
+    pyramid_pool_out,
+)
+
+__all__ = [
+    "asymmetric_attention",
+    "asymmetric_attention_bwd_out",
+    "asymmetric_attention_out",
+    "pyramid_pool",
+    "pyramid_pool_bwd_out",
+    "pyramid_pool_out",
+]

@@ -1,0 +1,88 @@
+"""The error rule of the project, and the inputs that every test draws from.
+
+A result is right when the median over five seeds of its relative error against float64 is at most 1.5 times that of
+plain PyTorch in the same dtype, plus a floor for rounding noise. An absolute tolerance alone proves nothing in
+bfloat16, and one seed alone fails a right block whose ReLU input lies within rounding of zero.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SEEDS = 5
+FACTOR = 1.5
+FLOOR = {torch.float64: 1e-13, torch.float32: 1e-7, torch.float16: 1e-4, torch.bfloat16: 1e-3}
+
+Results = Mapping[str, Tensor]
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """‖value − truth‖ / ‖truth‖ in float64; infinite where shapes differ or a value is not finite."""
+    if value.shape != truth.shape:
+        return float("inf")
+    difference = (value.detach().double() - truth.detach().double()).norm()
+    error = float(difference / truth.detach().double().norm().clamp_min(1e-300))
+    return error if error == error else float("inf")
+
+
+def assert_as_accurate_as_plain(
+    run: Callable[[int], tuple[Results, Results, Results]], dtype: torch.dtype, factor: float = FACTOR
+) -> None:
+    """Hold the project's results against plain PyTorch's, both judged by float64.
+
+    Args:
+        run: takes a seed drawn freshly here; returns (ours, plain, truth), each a mapping from names to tensors.
+        dtype: chooses the floor for rounding noise.
+        factor: how much larger than plain's our median error may be.
+    """
+    base = int(torch.randint(0, 2**31 - SEEDS, (), generator=_entropy()))
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(base, base + SEEDS):
+        torch.manual_seed(seed)
+        ours, plain, truth = run(seed)
+        assert ours.keys() == truth.keys() == plain.keys(), (list(ours), list(plain), list(truth))
+        for name, expected in truth.items():
+            pair = relative_error(ours[name], expected), relative_error(plain[name], expected)
+            errors.setdefault(name, []).append(pair)
+    failures = []
+    for name, pairs in errors.items():
+        mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+        if not mine <= factor * theirs + FLOOR[dtype]:
+            worst = max(pair[0] for pair in pairs)
+            failures.append(f"{name}: median error {mine:.3e}, plain {theirs:.3e}, largest {worst:.3e}")
+    assert not failures, f"{dtype}, seeds {base} to {base + SEEDS - 1}:\n  " + "\n  ".join(failures)
+
+
+def _entropy() -> torch.Generator:
+    generator = torch.Generator()
+    generator.seed()
+    return generator
+
+
+def random_map(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, layout: str = "nchw", device: str = "cpu", scale: float = 1.0
+) -> Tensor:
+    """A random feature map in one of the layouts that users hand over."""
+    batch, channels, height, width = shape
+    options: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    if layout == "nchw":
+        x = torch.randn(shape, **options)
+    elif layout == "channels_last":
+        x = torch.randn((batch, height, width, channels), **options).permute(0, 3, 1, 2)
+    elif layout == "slice":
+        x = torch.randn((batch, channels + 3, height + 2, 2 * width), **options)[:, 1:-2, 1:-1, ::2]
+    elif layout == "transposed":
+        x = torch.randn((batch, channels, width, height), **options).transpose(2, 3)
+    elif layout == "expanded":
+        x = torch.randn((batch, 1, height, width), **options).expand(shape)
+    else:
+        raise ValueError(f"layout: unknown layout {layout!r}")
+    return (x * scale).to(dtype) if scale != 1.0 else x.to(dtype)
+
+
+LAYOUTS = ("nchw", "channels_last", "slice", "transposed", "expanded")
