@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,20 +68,21 @@ def random_map(
 ) -> Tensor:
     """A random feature map in one of the layouts that users hand over."""
     batch, channels, height, width = shape
-    options: dict[str, Any] = {"dtype": torch.float64, "device": device}
+
+    def draw(*size: int) -> Tensor:
+        return (torch.randn(size, dtype=torch.float64, device=device) * scale).to(dtype)
+
     if layout == "nchw":
-        x = torch.randn(shape, **options)
-    elif layout == "channels_last":
-        x = torch.randn((batch, height, width, channels), **options).permute(0, 3, 1, 2)
-    elif layout == "slice":
-        x = torch.randn((batch, channels + 3, height + 2, 2 * width), **options)[:, 1:-2, 1:-1, ::2]
-    elif layout == "transposed":
-        x = torch.randn((batch, channels, width, height), **options).transpose(2, 3)
-    elif layout == "expanded":
-        x = torch.randn((batch, 1, height, width), **options).expand(shape)
-    else:
-        raise ValueError(f"layout: unknown layout {layout!r}")
-    return (x * scale).to(dtype) if scale != 1.0 else x.to(dtype)
+        return draw(*shape)
+    if layout == "channels_last":
+        return draw(batch, height, width, channels).permute(0, 3, 1, 2)
+    if layout == "slice":
+        return draw(batch, channels + 3, height + 2, 2 * width)[:, 1:-2, 1:-1, ::2]
+    if layout == "transposed":
+        return draw(batch, channels, width, height).transpose(2, 3)
+    if layout == "expanded":
+        return draw(batch, 1, height, width).expand(shape)
+    raise ValueError(f"layout: unknown layout {layout!r}")
 
 
 LAYOUTS = ("nchw", "channels_last", "slice", "transposed", "expanded")

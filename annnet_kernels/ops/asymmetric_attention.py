@@ -74,7 +74,7 @@ def _vmap_bwd(
 
 def _flops(query_shape: Sequence[int], key_shape: Sequence[int], value_shape: Sequence[int], *_: Any, **__: Any) -> int:
     """QKᵀ and AV."""
-    batch, _, height, width = query_shape
+    batch, height, width = query_shape[0], *query_shape[2:]
     return 2 * batch * height * width * key_shape[2] * (key_shape[1] + value_shape[1])
 
 
@@ -90,7 +90,7 @@ def _flops_bwd(
     **__: Any,
 ) -> int:
     """QKᵀ again; dA = G Vᵀ for the query and the key; then one product per gradient that is asked for."""
-    batch, _, height, width = query_shape
+    batch, height, width = query_shape[0], *query_shape[2:]
     pairs = 2 * batch * height * width * key_shape[2]
     key_width, value_width = key_shape[1], value_shape[1]
     logits_gradient = value_width if needs[0] or needs[1] else 0
