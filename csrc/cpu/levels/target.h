@@ -1,0 +1,16 @@
+// ANNNET_TARGET_BEGIN(names) … ANNNET_TARGET_END: every function defined between them, templates and lambdas included,
+// is compiled for these instruction sets. The system headers stand before, so that their inline functions are not.
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define ANNNET_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define ANNNET_TARGET_BEGIN(names) \
+  ANNNET_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
+#define ANNNET_TARGET_END ANNNET_PRAGMA(clang attribute pop)
+#else
+#define ANNNET_TARGET_BEGIN(names) ANNNET_PRAGMA(GCC push_options) ANNNET_PRAGMA(GCC target(names))
+#define ANNNET_TARGET_END ANNNET_PRAGMA(GCC pop_options)
+#endif

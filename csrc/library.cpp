@@ -1,0 +1,75 @@
+// annnet_kernels._C: the index of the native operators.
+//
+// Each operator fills outputs that Python has allocated (annnet_kernels/ops/registration.py), so no schema returns
+// anything. The implementations are registered by device key beside their code, in cpu/<operator>.cpp.
+
+#include <Python.h>
+#include <torch/library.h>
+
+#include "cpu/levels.h"
+
+TORCH_LIBRARY(annnet_native, m) {
+  m.def("pyramid_pool(Tensor x, int[] heights, int[] widths, Tensor(a!) out) -> ()");
+  m.def(
+      "pyramid_pool_bwd(Tensor grad, int[] map_size, int[] heights, int[] widths, bool channels_last, Tensor(a!) dx) "
+      "-> ()");
+  m.def(
+      "asymmetric_attention(Tensor query, Tensor key, Tensor value, float scale, Tensor(a!) out, "
+      "Tensor(b!) logsumexp) -> ()");
+  m.def(
+      "asymmetric_attention_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor logsumexp, "
+      "float scale, bool[] needs, Tensor(a!) dquery, Tensor(b!) dkey, Tensor(c!) dvalue) -> ()");
+}
+
+namespace {
+
+PyObject* cpu_level(PyObject*, PyObject*) { return PyUnicode_FromString(annnet::level_name(annnet::chosen_level())); }
+
+PyObject* cpu_levels(PyObject*, PyObject*) {
+  const int highest = static_cast<int>(annnet::highest_level());
+  PyObject* names = PyTuple_New(highest + 1);
+  for (int i = 0; names != nullptr && i <= highest; ++i)
+    PyTuple_SET_ITEM(names, i, PyUnicode_FromString(annnet::level_name(static_cast<annnet::Level>(i))));
+  return names;
+}
+
+PyObject* parts(PyObject*, PyObject*) {
+#ifdef ANNNET_WITH_CUDA
+  return Py_BuildValue("(ss)", "cpu", "cuda");
+#else
+  return Py_BuildValue("(s)", "cpu");
+#endif
+}
+
+PyMethodDef methods[] = {
+    {"cpu_level", cpu_level, METH_NOARGS, "Name of the instruction level that the CPU kernels use."},
+    {"cpu_levels", cpu_levels, METH_NOARGS, "Names of the levels that this processor has, lowest first."},
+    {"parts", parts, METH_NOARGS, "Device types with kernels in this library."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+// ANNNET_CPU_LEVEL lowers the level. False with a Python error set if it names none.
+bool apply_environment() {
+  const char* wanted = std::getenv("ANNNET_CPU_LEVEL");
+  if (wanted == nullptr || *wanted == '\0') return true;
+  annnet::Level level;
+  if (!annnet::level_from_name(wanted, &level)) {
+    PyErr_Format(PyExc_ValueError,
+                 "environment variable ANNNET_CPU_LEVEL: expected baseline, avx2, avx512 or avx512_bf16, got '%s'",
+                 wanted);
+    return false;
+  }
+  if (level > annnet::highest_level()) {
+    return PyErr_WarnFormat(PyExc_RuntimeWarning, 1,
+                            "environment variable ANNNET_CPU_LEVEL: this processor has no %s, using %s", wanted,
+                            annnet::level_name(annnet::highest_level())) == 0;
+  }
+  annnet::choose_level(level);
+  return true;
+}
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return apply_environment() ? PyModule_Create(&module) : nullptr; }
