@@ -99,3 +99,60 @@ def scale(name: str, value: object) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
     return float(value)
+
+
+def block_options(dropout: object, sizes: object, norm_layer: object) -> None:
+    """The options that every block shares."""
+    if not isinstance(dropout, (int, float)) or isinstance(dropout, bool):
+        raise TypeError(
+            f"dropout: expected a probability from 0 to 1, got {dropout!r} of type {type(dropout).__name__}"
+        )
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout: expected a probability from 0 to 1, got {dropout!r}")
+    if not isinstance(sizes, (tuple, list)) or tuple(sizes) != (1,):
+        raise ValueError(
+            f"sizes: expected (1,), got {sizes!r}; other query scales crash or are ignored in every published code base"
+        )
+    if not callable(norm_layer):
+        raise TypeError(f"norm_layer: expected a callable that takes a channel count, got {norm_layer!r}")
+
+
+def module(name: str, value: object) -> torch.nn.Module:
+    """A torch.nn.Module instance."""
+    if isinstance(value, type) or not isinstance(value, torch.nn.Module):
+        got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        raise TypeError(f"{name}: expected an instance of torch.nn.Module, got {got}")
+    return value
+
+
+def block_inputs(**inputs: tuple[object, torch.nn.Conv2d]) -> None:
+    """The maps that a block is called with, each with the convolution that reads it."""
+    batch: tuple[str, int] | None = None
+    for name, (value, conv) in inputs.items():
+        x = feature_map(name, value, channels=conv.in_channels)
+        weight = conv.weight
+        if x.device != weight.device:
+            raise ValueError(f"{name}: expected the device of the block's parameters, {weight.device}, got {x.device}")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{name}: expected the dtype of the block's parameters, {weight.dtype}, got {x.dtype}")
+        if batch is not None and x.shape[0] != batch[1]:
+            raise ValueError(f"{name}: expected the batch of {batch[0]}, {batch[1]}, got {x.shape[0]}")
+        batch = name, x.shape[0]
+
+
+def one_of(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """One of a few names."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {', '.join(choices)}, got {value!r} of type {type(value).__name__}")
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def stage_channels(name: str, backbone: torch.nn.Module) -> tuple[int, int]:
+    """Channel counts of the last two stages, from the attribute ``channels`` of a backbone."""
+    channels = getattr(backbone, "channels", None)
+    if not isinstance(channels, (tuple, list)) or len(channels) != 2:
+        raise ValueError(f"{name}: expected an attribute channels = (low, high), got {channels!r}")
+    low, high = (positive_int(f"{name}.channels[{i}]", count) for i, count in enumerate(channels))
+    return low, high

@@ -1,5 +1,6 @@
 """Plain PyTorch: the operators' fallback (``operators``), the published blocks (``blocks``), the truth (``truth``)."""
 
+from .blocks import NonLocalBlock, PlainAFNB, PlainAPNB
 from .operators import (
     asymmetric_attention,
     asymmetric_attention_bwd_out,
@@ -10,6 +11,9 @@ from .operators import (
 )
 
 __all__ = [
+    "NonLocalBlock",
+    "PlainAFNB",
+    "PlainAPNB",
     "asymmetric_attention",
     "asymmetric_attention_bwd_out",
     "asymmetric_attention_out",

@@ -1,0 +1,136 @@
+"""AFNB and APNB, the two blocks of ANNNet: the published modules and state-dict keys with a collapsed, fused forward.
+
+Both ask, for every pixel of a feature map, T pooled tokens instead of every other pixel. What a block computes is in
+``reference/blocks.py``, why it can be computed with half the arithmetic is in ``collapse.py``; here is what a user
+constructs, calls and loads checkpoints into.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from . import checks
+from .collapse import Parts, Projection, collapsed_forward, why_plain
+from .reference.blocks import AttentionStage, PlainAFNB, PlainAPNB, PyramidPooling
+
+
+class AFNB(PlainAFNB):
+    """Asymmetric fusion non-local block: queries from a high-level map, keys and values from a low-level one.
+
+    Drop-in for the published module: same constructor, parameters, state-dict keys, outputs, gradients and running
+    statistics. It runs collapsed and fused; where an inner module was replaced or carries a hook it runs the published
+    forward instead and says so in its ``repr``.
+
+    Args:
+        low_in_channels: channels of ``low`` (1024 in ANNNet).
+        high_in_channels: channels of ``high`` (2048).
+        out_channels: channels of the output (2048).
+        key_channels: width of queries and keys (256).
+        value_channels: width of the values (256).
+        dropout: probability of the trailing ``Dropout2d``.
+        sizes: query scales; only ``(1,)``, since no published code base runs any other.
+        norm_layer: called with a channel count, returns the normalisation module.
+        psp_size: pool sizes, integers or (h, w) pairs; T = Σ s² tokens, 110 by default.
+        bottleneck: whether to fuse the context with ``high`` (1 × 1 convolution over out + high channels, norm,
+            dropout). False returns the context, as the simple published variant does.
+
+    Shapes:
+        low (B, low_in_channels, H_l, W_l), high (B, high_in_channels, H, W) → (B, out_channels, H, W). Any strides;
+        float32, float64, bfloat16 or float16, alike for inputs and parameters, or mixed under autocast.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it.
+
+    Source: Zhu et al. 2019, arXiv 1908.07678, section 3.3; structure and keys of MendelXu/ANN.
+
+    Example:
+        >>> import torch, annnet_kernels as ak
+        >>> block = ak.AFNB(64, 128, 128, key_channels=32, value_channels=32)
+        >>> block(torch.randn(2, 64, 33, 33), torch.randn(2, 128, 33, 33)).shape
+        torch.Size([2, 128, 33, 33])
+    """
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        parts = published_parts(self)
+        checks.block_inputs(low=(low, parts.key.conv), high=(high, parts.query.conv))
+        if why_plain(parts) is not None:
+            return super().forward(low, high)
+        return collapsed_forward(parts, low, high)
+
+    def extra_repr(self) -> str:
+        return _explain(published_parts(self))
+
+
+class APNB(PlainAPNB):
+    """Asymmetric pyramid non-local block: refines one map, with one projection for queries and keys.
+
+    Drop-in for the published module, as :class:`AFNB`. The published forward calls the shared projection twice, so one
+    training step moves its running statistics twice; here the projection is computed once and they still do.
+
+    Args:
+        in_channels: channels of ``x`` (512 in ANNNet).
+        out_channels: channels of the output (512).
+        key_channels, value_channels, dropout, sizes, norm_layer, psp_size, bottleneck: as for :class:`AFNB`; the tail
+            has a ReLU between norm and dropout.
+
+    Shapes:
+        x (B, in_channels, H, W) → (B, out_channels, H, W). Strides and dtypes as for :class:`AFNB`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it.
+
+    Source: Zhu et al. 2019, arXiv 1908.07678, section 3.2; structure and keys of MendelXu/ANN.
+
+    Example:
+        >>> import torch, annnet_kernels as ak
+        >>> ak.APNB(64, 64, key_channels=32, value_channels=32)(torch.randn(2, 64, 33, 40)).shape
+        torch.Size([2, 64, 33, 40])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = published_parts(self)
+        checks.block_inputs(x=(x, parts.query.conv))
+        if why_plain(parts) is not None:
+            return super().forward(x)
+        return collapsed_forward(parts, x, x)
+
+    def extra_repr(self) -> str:
+        return _explain(published_parts(self))
+
+
+def published_parts(block: PlainAFNB | PlainAPNB) -> Parts:
+    """The parts of a block that has the published structure."""
+    stage = cast(AttentionStage, block.stages[0])
+    pooling = cast(PyramidPooling, stage.psp)
+    query = _published_projection(stage.f_query)
+    key = query if stage.f_key is stage.f_query else _published_projection(stage.f_key)
+    join, *tail = block.conv_bn_dropout if block.conv_bn_dropout is not None else (None,)
+    return Parts(
+        key=key,
+        query=query,
+        value=stage.f_value,
+        out=stage.W,
+        join=cast("nn.Conv2d | None", join),
+        tail=tail,
+        pools=cast("list[nn.AdaptiveAvgPool2d]", list(pooling.stages)),
+        containers=_containers(block, stage, pooling),
+    )
+
+
+def _containers(block: PlainAFNB | PlainAPNB, stage: AttentionStage, pooling: PyramidPooling) -> list[nn.Module]:
+    """The modules whose forward only calls others; the collapse calls those directly."""
+    projections = (stage.f_key, stage.f_key[1], stage.f_query, stage.f_query[1])
+    return [stage, pooling, *projections] + ([block.conv_bn_dropout] if block.conv_bn_dropout is not None else [])
+
+
+def _published_projection(module: nn.Module) -> Projection:
+    conv, normalise = cast(nn.Sequential, module)
+    norm, activation = cast(nn.Sequential, normalise)
+    return Projection(cast(nn.Conv2d, conv), norm, activation)
+
+
+def _explain(parts: Parts) -> str:
+    reason = why_plain(parts)
+    return "collapsed" if reason is None else f"published forward, because of {reason}"

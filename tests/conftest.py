@@ -1,0 +1,11 @@
+"""Every test starts from a random state of its own, printed when it fails."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _fresh_seed(request):
+    seed = torch.seed() % 2**31
+    torch.manual_seed(seed)
+    request.node.add_report_section("setup", "seed", f"torch.manual_seed({seed})")
