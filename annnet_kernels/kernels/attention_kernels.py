@@ -1,0 +1,357 @@
+"""Triton: attention of the pixels of a map over pooled tokens, forward and backward.
+
+B batch, N pixels, T tokens, Ck and Cv channels of the key and of the value. Up to 128 tokens are one block: logits are
+made once and stay in registers. More are walked in blocks, and their logits are made once more per pass.
+
+Backward: one kernel owns a block of pixels and writes dQ and, in the dtype of the operands, A and dS, (B, N, T rounded
+up to 16); another multiplies them with the maps, in a fixed-order split over the pixels. Making A and dS there again
+would cost every 128 channels of a token gradient all of Q and G, and one kernel that keeps both token gradients
+spills. No kernel uses atomics.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .operands import load_map, load_tokens, pixel_pointers, store_map
+
+_SIZES = ["pixel_groups", "n_tokens", "width"]  # not in the key of a compiled variant
+
+
+@triton.jit
+def _pixel_block(pixel_groups, PIXEL_MULTIPLE: tl.constexpr, BLOCK_PIXELS: tl.constexpr):
+    """This program's image and first pixel, which of its pixels exist, and N.
+
+    N comes in groups of ``PIXEL_MULTIPLE`` pixels, which tells the compiler that it is divisible.
+    """
+    n_pixels = pixel_groups * PIXEL_MULTIPLE
+    blocks = tl.cdiv(n_pixels, BLOCK_PIXELS)
+    first = (tl.program_id(0) % blocks) * BLOCK_PIXELS
+    inside = first + tl.arange(0, BLOCK_PIXELS) < n_pixels
+    return (tl.program_id(0) // blocks).to(tl.int64), first, inside, n_pixels
+
+
+@triton.jit
+def _scores(
+    map,
+    norm,
+    pixels,
+    inside,
+    tokens,
+    batch,
+    first_token,
+    n_tokens,
+    CHANNELS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Products of pixels with tokens over all channels, (BLOCK_PIXELS, BLOCK_TOKENS) float32."""
+    scores = tl.zeros((BLOCK_PIXELS, BLOCK_TOKENS), tl.float32)
+    for first in range(0, CHANNELS, CHUNK):
+        rows = load_map(map, norm, pixels, inside, first, CHANNELS, CHUNK)
+        columns = load_tokens(tokens, batch, first_token, n_tokens, first, CHANNELS, CHUNK, BLOCK_TOKENS)
+        scores = tl.dot(rows, tl.trans(columns), scores, input_precision=PRECISION)
+    return scores
+
+
+@triton.jit
+def _logits(
+    query,
+    norm,
+    pixels,
+    inside,
+    key,
+    batch,
+    first_token,
+    n_tokens,
+    scale,
+    KEY_CHANNELS: tl.constexpr,
+    KEY_CHUNK: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """scale · QKᵀ, −∞ beyond the last token."""
+    scores = _scores(
+        query,
+        norm,
+        pixels,
+        inside,
+        key,
+        batch,
+        first_token,
+        n_tokens,
+        KEY_CHANNELS,
+        KEY_CHUNK,
+        BLOCK_PIXELS,
+        BLOCK_TOKENS,
+        PRECISION,
+    )
+    exists = first_token + tl.arange(0, BLOCK_TOKENS) < n_tokens
+    return tl.where(exists[None, :], scores * scale, -float("inf"))
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def asymmetric_attention_fwd_kernel(
+    query,
+    norm,
+    key,
+    value,
+    addend,
+    out,
+    logsumexp_ptr,
+    pixel_groups,
+    n_tokens,
+    width,
+    scale,
+    PIXEL_MULTIPLE: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    KEY_CHANNELS: tl.constexpr,
+    VALUE_CHANNELS: tl.constexpr,
+    KEY_CHUNK: tl.constexpr,
+    VALUE_CHUNK: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out = softmax(scale · QKᵀ) V + addend, and the logsumexp of the logits.
+
+    Grid: (B · ⌈N / BLOCK_PIXELS⌉,). A program owns BLOCK_PIXELS pixels of one image, with all their value channels.
+    query (B, Ck, H, W), key (B, Ck, T), value (B, Cv, T), addend and out (B, Cv, H, W), logsumexp (B, N).
+    """
+    batch, first_pixel, inside, n_pixels = _pixel_block(pixel_groups, PIXEL_MULTIPLE, BLOCK_PIXELS)
+    query_pixels = pixel_pointers(query, batch, first_pixel, width, BLOCK_PIXELS)
+    out_pixels = pixel_pointers(out, batch, first_pixel, width, BLOCK_PIXELS)
+
+    if ONE_BLOCK:
+        logits = _logits(query, norm, query_pixels, inside, key, batch, 0, n_tokens, scale,
+                         KEY_CHANNELS, KEY_CHUNK, BLOCK_PIXELS, BLOCK_TOKENS, PRECISION)  # fmt: skip
+        maximum = tl.max(logits, 1)
+        weights = tl.exp(logits - maximum[:, None])
+        total = tl.sum(weights, 1)
+    else:
+        maximum = tl.full((BLOCK_PIXELS,), -float("inf"), tl.float32)
+        total = tl.zeros((BLOCK_PIXELS,), tl.float32)
+        for first_token in range(0, n_tokens, BLOCK_TOKENS):
+            logits = _logits(query, norm, query_pixels, inside, key, batch, first_token, n_tokens, scale,
+                             KEY_CHANNELS, KEY_CHUNK, BLOCK_PIXELS, BLOCK_TOKENS, PRECISION)  # fmt: skip
+            larger = tl.maximum(maximum, tl.max(logits, 1))
+            total = total * tl.exp(maximum - larger) + tl.sum(tl.exp(logits - larger[:, None]), 1)
+            maximum = larger
+
+    rows = first_pixel + tl.arange(0, BLOCK_PIXELS)
+    tl.store(logsumexp_ptr + batch * n_pixels + rows, maximum + tl.log(total), mask=inside)
+
+    for first in range(0, VALUE_CHANNELS, VALUE_CHUNK):
+        if ONE_BLOCK:
+            columns = load_tokens(value, batch, 0, n_tokens, first, VALUE_CHANNELS, VALUE_CHUNK, BLOCK_TOKENS)
+            context = tl.dot(weights.to(columns.dtype), columns, input_precision=PRECISION)
+        else:
+            context = tl.zeros((BLOCK_PIXELS, VALUE_CHUNK), tl.float32)
+            for first_token in range(0, n_tokens, BLOCK_TOKENS):
+                logits = _logits(query, norm, query_pixels, inside, key, batch, first_token, n_tokens, scale,
+                                 KEY_CHANNELS, KEY_CHUNK, BLOCK_PIXELS, BLOCK_TOKENS, PRECISION)  # fmt: skip
+                weights = tl.exp(logits - maximum[:, None])
+                columns = load_tokens(
+                    value, batch, first_token, n_tokens, first, VALUE_CHANNELS, VALUE_CHUNK, BLOCK_TOKENS
+                )
+                context = tl.dot(weights.to(columns.dtype), columns, context, input_precision=PRECISION)
+        context = context / total[:, None]
+        if addend is not None:
+            addend_pixels = pixel_pointers(addend, batch, first_pixel, width, BLOCK_PIXELS)
+            context += load_map(addend, None, addend_pixels, inside, first, VALUE_CHANNELS, VALUE_CHUNK)
+        store_map(out, context, out_pixels, inside, first, VALUE_CHANNELS, VALUE_CHUNK)
+
+
+@triton.jit
+def _scratch_tile(pointer, first_row, rows, inside, first_token, scratch_tokens, BLOCK_TOKENS: tl.constexpr):
+    """Pointers and mask (rows, BLOCK_TOKENS) of a (B · N, scratch_tokens) matrix."""
+    tokens = first_token + tl.arange(0, BLOCK_TOKENS)
+    row_offsets = (first_row + rows) * scratch_tokens
+    return pointer + row_offsets[:, None] + tokens[None, :], inside[:, None] & (tokens < scratch_tokens)[None, :]
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def asymmetric_attention_bwd_pixels_kernel(
+    grad,
+    query,
+    norm,
+    key,
+    value,
+    logsumexp_ptr,
+    dquery,
+    attention_ptr,
+    dlogits_ptr,
+    scratch_tokens,
+    pixel_groups,
+    n_tokens,
+    width,
+    scale,
+    PIXEL_MULTIPLE: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    KEY_CHANNELS: tl.constexpr,
+    VALUE_CHANNELS: tl.constexpr,
+    KEY_CHUNK: tl.constexpr,
+    VALUE_CHUNK: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A = exp(scale · QKᵀ − logsumexp), dS = A ∘ (dA − rowsum(A ∘ dA)) with dA = G Vᵀ, dQ = scale · dS K.
+
+    Grid: (B · ⌈N / BLOCK_PIXELS⌉,). A program owns BLOCK_PIXELS pixels of one image.
+    grad (B, Cv, H, W), query and dquery (B, Ck, H, W), logsumexp (B, N), attention and dlogits
+    (B, N, scratch_tokens). A result that is None is not made; dquery is None unless all tokens are one block.
+    """
+    batch, first_pixel, inside, n_pixels = _pixel_block(pixel_groups, PIXEL_MULTIPLE, BLOCK_PIXELS)
+    query_pixels = pixel_pointers(query, batch, first_pixel, width, BLOCK_PIXELS)
+    grad_pixels = pixel_pointers(grad, batch, first_pixel, width, BLOCK_PIXELS)
+    rows = first_pixel + tl.arange(0, BLOCK_PIXELS)
+    logsumexp = tl.load(logsumexp_ptr + batch * n_pixels + rows, mask=inside, other=0.0)
+
+    # Several blocks of tokens need their common rowsum first.
+    rowsum = tl.zeros((BLOCK_PIXELS,), tl.float32)
+    if not ONE_BLOCK and dlogits_ptr is not None:
+        for first_token in range(0, n_tokens, BLOCK_TOKENS):
+            logits = _logits(query, norm, query_pixels, inside, key, batch, first_token, n_tokens, scale,
+                             KEY_CHANNELS, KEY_CHUNK, BLOCK_PIXELS, BLOCK_TOKENS, PRECISION)  # fmt: skip
+            dattention = _scores(grad, None, grad_pixels, inside, value, batch, first_token, n_tokens,
+                                 VALUE_CHANNELS, VALUE_CHUNK, BLOCK_PIXELS, BLOCK_TOKENS, PRECISION)  # fmt: skip
+            rowsum += tl.sum(tl.exp(logits - logsumexp[:, None]) * dattention, 1)
+
+    for first_token in range(0, BLOCK_TOKENS if ONE_BLOCK else n_tokens, BLOCK_TOKENS):
+        logits = _logits(query, norm, query_pixels, inside, key, batch, first_token, n_tokens, scale,
+                         KEY_CHANNELS, KEY_CHUNK, BLOCK_PIXELS, BLOCK_TOKENS, PRECISION)  # fmt: skip
+        attention = tl.exp(logits - logsumexp[:, None])
+        if attention_ptr is not None:
+            target, mask = _scratch_tile(
+                attention_ptr, batch * n_pixels, rows, inside, first_token, scratch_tokens, BLOCK_TOKENS
+            )
+            tl.store(target, attention.to(attention_ptr.dtype.element_ty), mask=mask)
+        if dlogits_ptr is not None or dquery is not None:
+            dattention = _scores(grad, None, grad_pixels, inside, value, batch, first_token, n_tokens,
+                                 VALUE_CHANNELS, VALUE_CHUNK, BLOCK_PIXELS, BLOCK_TOKENS, PRECISION)  # fmt: skip
+            if ONE_BLOCK:
+                rowsum = tl.sum(attention * dattention, 1)
+            dlogits = attention * (dattention - rowsum[:, None])
+            if dlogits_ptr is not None:
+                target, mask = _scratch_tile(
+                    dlogits_ptr, batch * n_pixels, rows, inside, first_token, scratch_tokens, BLOCK_TOKENS
+                )
+                tl.store(target, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
+            if dquery is not None:
+                dquery_pixels = pixel_pointers(dquery, batch, first_pixel, width, BLOCK_PIXELS)
+                for first in range(0, KEY_CHANNELS, KEY_CHUNK):
+                    columns = load_tokens(key, batch, 0, n_tokens, first, KEY_CHANNELS, KEY_CHUNK, BLOCK_TOKENS)
+                    product = tl.dot(dlogits.to(columns.dtype), columns, input_precision=PRECISION)
+                    store_map(dquery, product * scale, dquery_pixels, inside, first, KEY_CHANNELS, KEY_CHUNK)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def asymmetric_attention_bwd_query_kernel(
+    dlogits_ptr,
+    key,
+    dquery,
+    scratch_tokens,
+    pixel_groups,
+    n_tokens,
+    width,
+    scale,
+    PIXEL_MULTIPLE: tl.constexpr,
+    KEY_CHANNELS: tl.constexpr,
+    KEY_CHUNK: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dQ = scale · dS K for several blocks of tokens.
+
+    Grid: (B · ⌈N / BLOCK_PIXELS⌉, ⌈Ck / KEY_CHUNK⌉). A program owns BLOCK_PIXELS pixels and KEY_CHUNK channels.
+    dlogits (B, N, scratch_tokens), key (B, Ck, T), dquery (B, Ck, H, W).
+    """
+    batch, first_pixel, inside, n_pixels = _pixel_block(pixel_groups, PIXEL_MULTIPLE, BLOCK_PIXELS)
+    rows = first_pixel + tl.arange(0, BLOCK_PIXELS)
+    first = tl.program_id(1) * KEY_CHUNK
+    total = tl.zeros((BLOCK_PIXELS, KEY_CHUNK), tl.float32)
+    for first_token in range(0, n_tokens, BLOCK_TOKENS):
+        source, mask = _scratch_tile(
+            dlogits_ptr, batch * n_pixels, rows, inside, first_token, scratch_tokens, BLOCK_TOKENS
+        )
+        dlogits = tl.load(source, mask=mask, other=0.0)
+        columns = load_tokens(key, batch, first_token, n_tokens, first, KEY_CHANNELS, KEY_CHUNK, BLOCK_TOKENS)
+        total = tl.dot(dlogits, columns, total, input_precision=PRECISION)
+    dquery_pixels = pixel_pointers(dquery, batch, first_pixel, width, BLOCK_PIXELS)
+    store_map(dquery, total * scale, dquery_pixels, inside, first, KEY_CHANNELS, KEY_CHUNK)
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "split_pixels"])
+def asymmetric_attention_bwd_tokens_kernel(
+    map,
+    norm,
+    scratch_ptr,
+    out_ptr,
+    scratch_tokens,
+    split_pixels,
+    pixel_groups,
+    n_tokens,
+    width,
+    scale,
+    PIXEL_MULTIPLE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Partial sums over the pixels of scale · Sᵀ X, with S = A or dS and X = G or Q.
+
+    Grid: (⌈C / CHUNK⌉ · ⌈T / BLOCK_TOKENS⌉, splits, B). A program owns a tile of one image's sums over one split.
+    map (B, C, H, W), scratch (B, N, scratch_tokens), out
+    (splits, B, T, C).
+    """
+    chunks = tl.cdiv(CHANNELS, CHUNK)
+    first = (tl.program_id(0) % chunks) * CHUNK
+    first_token = (tl.program_id(0) // chunks) * BLOCK_TOKENS
+    batch = tl.program_id(2).to(tl.int64)
+    n_pixels = pixel_groups * PIXEL_MULTIPLE
+    first_pixel = tl.program_id(1) * split_pixels
+    last_pixel = tl.minimum(first_pixel + split_pixels, n_pixels)
+
+    total = tl.zeros((BLOCK_TOKENS, CHUNK), tl.float32)
+    for block in range(first_pixel, last_pixel, BLOCK_PIXELS):
+        rows = block + tl.arange(0, BLOCK_PIXELS)
+        inside = rows < n_pixels
+        source, mask = _scratch_tile(
+            scratch_ptr, batch * n_pixels, rows, inside, first_token, scratch_tokens, BLOCK_TOKENS
+        )
+        weights = tl.load(source, mask=mask, other=0.0)
+        values = load_map(
+            map, norm, pixel_pointers(map, batch, block, width, BLOCK_PIXELS), inside, first, CHANNELS, CHUNK
+        )
+        total = tl.dot(tl.trans(weights), values, total, input_precision=PRECISION)
+
+    tokens = first_token + tl.arange(0, BLOCK_TOKENS)
+    channels = first + tl.arange(0, CHUNK)
+    image = (tl.program_id(1) * tl.num_programs(2) + batch) * n_tokens
+    target = out_ptr + (image + tokens)[:, None] * CHANNELS + channels[None, :]
+    mask = (tokens < n_tokens)[:, None] & (channels < CHANNELS)[None, :]
+    tl.store(target, (total * scale).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["splits", "size"])
+def asymmetric_attention_sum_splits_kernel(partials_ptr, out_ptr, splits, size, BLOCK: tl.constexpr):
+    """out = Σ partials over the splits, in their order.
+
+    Grid: (⌈size / BLOCK⌉,). partials (splits, size), out (size,).
+    """
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = offsets < size
+    source = partials_ptr + offsets
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(splits):
+        total += tl.load(source, mask=exists, other=0.0)
+        source += size
+    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=exists)

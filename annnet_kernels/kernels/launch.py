@@ -1,0 +1,84 @@
+"""What a kernel module plans: launches, as data, for a device that need not be there.
+
+The convention of every module in this package: the function an operator calls is ``for launch in plan_...(...):
+launch.run()``, and ``launch_variants(device)`` yields the launches of those same plan functions for meta tensors in
+every dtype, layout and width that gets code of its own. So the compile table (``python -m benchmarks.codegen``) sees
+exactly what a GPU would be given, and restates nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+_KIB = 1024
+_SHARED_MEMORY_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
+"""Largest opt-in shared memory of one block, CUDA programming guide; every other architecture since 8.6 has 99 KiB."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What tile choices depend on."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes that one block may use."""
+        return _SHARED_MEMORY_KIB.get(self.capability, 99) * _KIB
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch; ``arguments`` are the kernel's parameters by name, constexpr ones included."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+INTERPRETER = Device(capability=(9, 0), multiprocessors=4)
+"""Stands for the CPU under ``TRITON_INTERPRET=1``: few multiprocessors, so that splits stay small and still occur."""
+
+
+def device_of(x: torch.Tensor) -> Device:
+    """The device that will run launches on ``x``."""
+    if x.device.type != "cuda":
+        return INTERPRETER
+    return _cuda_device(x.device.index if x.device.index is not None else torch.cuda.current_device())
+
+
+@cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device((properties.major, properties.minor), properties.multi_processor_count)
+
+
+def run_all(launches: list[Launch], x: torch.Tensor) -> None:
+    """Run ``launches`` in order on the device of ``x``."""
+    if x.device.type == "cuda":
+        with torch.cuda.device(x.device):
+            for launch in launches:
+                launch.run()
+    else:
+        for launch in launches:
+            launch.run()
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """``tl.dot``'s input precision: TF32 for float32 only where the user's PyTorch setting allows it."""
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # Reading allow_tf32 raises once fp32_precision was set.
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "ieee"

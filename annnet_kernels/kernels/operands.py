@@ -1,0 +1,133 @@
+"""Maps and tokens as kernel arguments, and how a kernel reads and writes them by strides.
+
+Triton specialises every stride on 1 and on divisibility by 16, so a compiled variant depends on layout and alignment;
+sizes go apart from these tuples and are not specialised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Map(NamedTuple):
+    """A (B, C, H, W) tensor. ``row_stride`` is None where one stride leads through all pixels."""
+
+    pointer: Any
+    batch_stride: Any
+    channel_stride: Any
+    pixel_stride: Any
+    row_stride: Any
+
+
+class Tokens(NamedTuple):
+    """A (B, C, T) tensor."""
+
+    pointer: Any
+    batch_stride: Any
+    channel_stride: Any
+    token_stride: Any
+
+
+class Norm(NamedTuple):
+    """Vectors (C,) that make relu((y − mean) · invstd · weight + bias) of a raw map y as it is loaded."""
+
+    mean: Any
+    invstd: Any
+    weight: Any
+    bias: Any
+
+
+def map_argument(x: Tensor) -> Map:
+    """``x`` as a kernel argument."""
+    batch, channel, row, column = x.stride()
+    height, width = x.shape[2:]
+    if height == 1 or row == width * column:
+        return Map(x, batch, channel, column, None)
+    if width == 1:
+        return Map(x, batch, channel, row, None)
+    return Map(x, batch, channel, column, row)
+
+
+def tokens_argument(x: Tensor) -> Tokens:
+    """``x`` as a kernel argument."""
+    return Tokens(x, *x.stride())
+
+
+def pixel_multiple(pixels: int, maps: Sequence[Map | None]) -> int:
+    """16 where the count of pixels is a multiple of it and a map has its pixels side by side, else 1.
+
+    Only there does the count decide whether a masked load can be a vector.
+    """
+    side_by_side = any(m is not None and m.pixel_stride == 1 for m in maps)
+    return 16 if side_by_side and pixels % 16 == 0 else 1
+
+
+@triton.jit
+def pixel_pointers(map, batch, first, width, BLOCK_PIXELS: tl.constexpr):
+    """Pointers (BLOCK_PIXELS,) to the first channel of consecutive pixels of one image. 64-bit offsets."""
+    pixels = first + tl.arange(0, BLOCK_PIXELS)
+    image = map.pointer + batch * map.batch_stride
+    if map.row_stride is None:
+        return image + pixels.to(tl.int64) * map.pixel_stride
+    else:
+        rows, columns = pixels // width, pixels % width
+        return image + rows.to(tl.int64) * map.row_stride + columns.to(tl.int64) * map.pixel_stride
+
+
+@triton.jit
+def _tile(map, pixels, inside, first, CHANNELS: tl.constexpr, CHUNK: tl.constexpr):
+    """Pointers and mask (pixels, CHUNK) of a map from channel ``first`` on."""
+    channels = first + tl.arange(0, CHUNK)
+    mask = inside[:, None]
+    if CHANNELS % CHUNK != 0:
+        mask = mask & (channels < CHANNELS)[None, :]
+    return pixels[:, None] + (channels.to(tl.int64) * map.channel_stride)[None, :], mask
+
+
+@triton.jit
+def load_map(map, norm, pixels, inside, first, CHANNELS: tl.constexpr, CHUNK: tl.constexpr):
+    """(pixels, CHUNK) from channel ``first`` on, zero outside; normalised and rectified where ``norm`` is given.
+
+    ``pixels`` are the map's pixel pointers, ``inside`` says which of them exist.
+    """
+    pointers, mask = _tile(map, pixels, inside, first, CHANNELS, CHUNK)
+    values = tl.load(pointers, mask=mask, other=0.0)
+    if norm is not None:
+        channels = first + tl.arange(0, CHUNK)
+        exists = channels < CHANNELS
+        mean = tl.load(norm.mean + channels, mask=exists, other=0.0)
+        invstd = tl.load(norm.invstd + channels, mask=exists, other=0.0)
+        weight = tl.load(norm.weight + channels, mask=exists, other=0.0)
+        bias = tl.load(norm.bias + channels, mask=exists, other=0.0)
+        normal = (values.to(tl.float32) - mean[None, :]) * invstd[None, :] * weight[None, :] + bias[None, :]
+        # Not maximum(normal, 0), which turns NaN into 0.
+        values = tl.where(normal < 0.0, 0.0, normal).to(values.dtype)
+    return values
+
+
+@triton.jit
+def store_map(map, values, pixels, inside, first, CHANNELS: tl.constexpr, CHUNK: tl.constexpr):
+    """Write (pixels, CHUNK) values in the dtype of the map."""
+    pointers, mask = _tile(map, pixels, inside, first, CHANNELS, CHUNK)
+    tl.store(pointers, values.to(map.pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_tokens(
+    tokens, batch, first_token, n_tokens, first, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_TOKENS: tl.constexpr
+):
+    """(BLOCK_TOKENS, CHUNK) of the tokens of one image, zero beyond the last token and channel."""
+    rows = first_token + tl.arange(0, BLOCK_TOKENS)
+    channels = first + tl.arange(0, CHUNK)
+    mask = (rows < n_tokens)[:, None]
+    if CHANNELS % CHUNK != 0:
+        mask = mask & (channels < CHANNELS)[None, :]
+    row_offsets = rows.to(tl.int64) * tokens.token_stride
+    channel_offsets = channels.to(tl.int64) * tokens.channel_stride
+    image = tokens.pointer + batch * tokens.batch_stride
+    return tl.load(image + row_offsets[:, None] + channel_offsets[None, :], mask=mask, other=0.0)
