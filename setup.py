@@ -57,11 +57,13 @@ def cpu_extension() -> Extension:
     beside torch's own, so there it is not given and the symbols come from the one that libtorch_cpu is linked to."""
     sources = [Path("csrc/library.cpp"), *sorted(Path("csrc/cpu").rglob("*.cpp"))]
     optimise = ["-O0", "-g"] if os.environ.get("ANNNET_DEBUG") == "1" else ["-O3", "-g0"]
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
     return cpp_extension.CppExtension(
         NAME,
         sources=[str(source) for source in sources],
         include_dirs=[str(Path("csrc").resolve())],
-        extra_compile_args={"cxx": [*optimise, *(["-fopenmp"] if sys.platform == "linux" else [])]},
+        # -Wno-…: GCC 12 warns of the undefined vectors in its own immintrin.h.
+        extra_compile_args={"cxx": [*optimise, *openmp, "-Wno-maybe-uninitialized"]},
         optional=True,
     )
 

@@ -1,10 +1,77 @@
 // Arguments and table of the pooling kernels. Plain C types only: see levels.h.
+//
+// An axis is cut at every edge of every bin of every level, into about 30 segments for the usual pyramid. A pixel lies
+// in one cell (row segment × column segment) and is added once; a bin is a run of segments, so no sum is ever made by
+// subtraction. All pixels of a cell have the same gradient.
+//
+// In the kernels the lanes of a vector are channels: `block` channels of one image are a unit, and a row segment of a
+// unit is the smallest piece of work. What a piece leaves behind does not depend on who computes it or when, so
+// results are bitwise the same for any number of threads.
 #pragma once
+
+#include <stdint.h>
 
 #include "dtypes.h"
 
 namespace annnet {
 
-struct PyramidPoolKernels {};
+struct PoolAxis {
+  int64_t segments;
+  const int64_t* segment_start;  // (segments + 1): segment s holds the pixels segment_start[s] … segment_start[s+1] - 1
+  int64_t bins;                  // of all levels, one level after another
+  const int64_t* bin_first;      // (bins): bin k holds the segments bin_first[k] … bin_last[k] - 1
+  const int64_t* bin_last;
+  const int64_t* bin_length;    // (bins): in pixels
+  const int64_t* holder_start;  // (segments + 1): holders[holder_start[s] … holder_start[s+1] - 1] hold segment s
+  const int64_t* holders;
+};
+
+// Token `token + i · row_stride + j · column_stride` is bin (i, j) of the level.
+struct PoolLevel {
+  int64_t rows, first_row_bin;
+  int64_t columns, first_column_bin;
+  int64_t token, row_stride, column_stride;
+};
+
+// Strides are in elements.
+struct PoolMap {
+  void* data;
+  int64_t batch, channel, row, column;
+};
+
+struct PoolTokens {
+  void* data;
+  int64_t batch, channel, token;
+};
+
+struct PoolArgs {
+  PoolAxis rows, columns;
+  const PoolLevel* levels;
+  const int64_t* row_bin_level;  // (rows.bins): the level of a row bin
+  int64_t channels, block;       // block is a multiple of 16
+  PoolMap map;
+  PoolTokens tokens;
+};
+
+// One unit: channels channel … channel + count - 1 of an image, count ≤ block.
+struct PoolUnit {
+  int64_t image, channel, count;
+};
+
+struct PyramidPoolKernels {
+  // Sums a row segment of a unit into `bins` (columns.bins × block accumulators); `scratch` is columns.segments ×
+  // block.
+  using Sum = void (*)(const PoolArgs&, PoolUnit, int64_t row_segment, void* bins, void* scratch);
+  // Makes the tokens of a unit from the bins of all its row segments (rows.segments × columns.bins × block).
+  using Finish = void (*)(const PoolArgs&, PoolUnit, const void* bins);
+  // Writes the gradient of a row segment of a unit; `scratch` is (columns.bins + columns.segments) × block.
+  using Spread = void (*)(const PoolArgs&, PoolUnit, int64_t row_segment, void* scratch);
+
+  Sum sum_rows[kDtypes];      // any map; fast if map.column is 1
+  Sum sum_channels[kDtypes];  // map.channel is 1
+  Finish finish[kDtypes];
+  Spread spread_rows[kDtypes];      // map.column is 1
+  Spread spread_channels[kDtypes];  // map.channel is 1
+};
 
 }  // namespace annnet

@@ -1,0 +1,114 @@
+// C[i][j] = Σ_k A[k][i] B[k][j]: the matrix product of every CPU attention step, from registers and the first cache.
+//
+// Both operands are k-major: the rows of a tile are broadcast from A, its columns are vectors of B. An operand of
+// bfloat16 holds two consecutive k in each 32-bit element where the processor has the dot product of such pairs, and is
+// widened to float32 elsewhere.
+#pragma once
+
+#include "vector.h"
+
+namespace annnet::ANNNET_LEVEL {
+
+// How elements of type T are held in an operand: one k per element, as the accumulator type.
+template <class T>
+struct Operand {
+  using Element = Acc<T>;
+  static constexpr int kStep = 1;
+  static ANNNET_INLINE Vec<T> multiply_add(Element a, const Element* b, Vec<T> sum) {
+    return broadcast<T>(a) * load(b) + sum;
+  }
+};
+
+#ifdef ANNNET_BF16_DOT
+template <>
+struct Operand<BFloat16> {
+  using Element = uint32_t;  // k in the low half, k + 1 in the high half
+  static constexpr int kStep = 2;
+  static ANNNET_INLINE FloatVector multiply_add(Element a, const Element* b, FloatVector sum) {
+    const __m512i pairs = _mm512_set1_epi32(static_cast<int>(a));
+    return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(pairs), bit_cast<__m512bh>(_mm512_loadu_si512(b)));
+  }
+};
+#endif
+
+template <class T>
+using Element = typename Operand<T>::Element;
+
+// The tile fills the registers: 24 accumulators of 32 registers with AVX-512, 12 or 8 of 16 below.
+constexpr int kTileRows = kVectorBytes == 64 ? 8 : 4;
+constexpr int kTileVectors = kVectorBytes >= 32 ? 3 : 2;
+
+// Elements from one k to the next: an odd number of cache lines, so that a column of an operand spreads over the sets
+// of the cache, and at least as many as whole tiles need.
+template <class T>
+constexpr int64_t leading_dimension(int64_t columns) {
+  constexpr int64_t kLine = 64 / sizeof(Acc<T>);
+  return ((columns + kLine - 1) / kLine | 1) * kLine;
+}
+
+inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+template <class T, int kVectors, class Sink>
+ANNNET_INLINE void tile(int64_t depth, const Element<T>* a, int64_t lda, const Element<T>* b, int64_t ldb,
+                        const Sink& sink, int64_t row, int64_t column) {
+  Vec<T> sum[kTileRows][kVectors] = {};
+  for (int64_t k = 0; k < depth; k += Operand<T>::kStep, a += lda, b += ldb) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j)
+        sum[i][j] = Operand<T>::multiply_add(a[row + i], b + column + j * kLanes<T>, sum[i][j]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) sink(row + i, column + j * kLanes<T>, sum[i][j]);
+}
+
+// Hands every vector of C to sink(row, column, vector). Rows come in whole tiles and columns in whole vectors, so
+// the sink also gets what lies beyond `rows` and `columns`: values without meaning.
+template <class T, class Sink>
+inline void multiply(int64_t rows, int64_t columns, int64_t depth, const Element<T>* a, int64_t lda,
+                     const Element<T>* b, int64_t ldb, const Sink& sink) {
+  for (int64_t column = 0; column < columns; column += kTileVectors * kLanes<T>) {
+    const int64_t vectors = (columns - column + kLanes<T> - 1) / kLanes<T>;
+    for (int64_t row = 0; row < rows; row += kTileRows) {
+      if (vectors >= kTileVectors)
+        tile<T, kTileVectors>(depth, a, lda, b, ldb, sink, row, column);
+      else if (vectors == 2)
+        tile<T, 2>(depth, a, lda, b, ldb, sink, row, column);
+      else
+        tile<T, 1>(depth, a, lda, b, ldb, sink, row, column);
+    }
+  }
+}
+
+// Sink: a buffer of whole tiles, overwritten or added to.
+template <class T, bool kAdd>
+struct ToBuffer {
+  Acc<T>* target;
+  int64_t stride;
+  ANNNET_INLINE void operator()(int64_t row, int64_t column, Vec<T> value) const {
+    Acc<T>* place = target + row * stride + column;
+    store(place, kAdd ? load(place) + value : value);
+  }
+};
+
+// Sink: `rows` × `columns` elements of a tensor, converted to its type.
+template <class T>
+struct ToTensor {
+  T* target;
+  int64_t stride, rows, columns;
+  ANNNET_INLINE void operator()(int64_t row, int64_t column, Vec<T> value) const {
+    if (row >= rows) return;
+    T* place = target + row * stride + column;
+    if (column + kLanes<T> <= columns)
+      store(place, value);
+    else
+      store_first(place, value, columns - column);
+  }
+};
+
+}  // namespace annnet::ANNNET_LEVEL

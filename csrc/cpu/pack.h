@@ -1,0 +1,112 @@
+// Copies of parts of maps and tokens as operands of matrix_tile.h: k-major, widened, in whatever strides they come.
+#pragma once
+
+#include "matrix_tile.h"
+#include "transpose.h"
+
+namespace annnet::ANNNET_LEVEL {
+
+// Positions (pixels or tokens) are packed in blocks of at most six cache lines.
+template <class T>
+constexpr int kBlock = 384 / static_cast<int>(sizeof(Acc<T>));
+
+// Elements (channel, position) of a map, of tokens or of a buffer, for one block of positions.
+template <class T>
+struct Positions {
+  const T* data;
+  int64_t channel_stride;
+  int64_t count = 0;
+  int64_t offset[kBlock<T>];
+  bool adjacent[kBlock<T> / kLanes<T>];  // whether a vector's positions lie next to each other
+
+  // Appends `length` positions, the first at `from` and each `stride` after the one before.
+  void append(int64_t from, int64_t stride, int64_t length) {
+    for (int64_t i = 0; i < length; ++i) offset[count++] = from + i * stride;
+  }
+
+  void find_adjacent() {
+    for (int64_t begin = 0; begin < count; begin += kLanes<T>) {
+      const int64_t last = minimum(begin + kLanes<T>, count) - 1;
+      bool& all = adjacent[begin / kLanes<T>];
+      all = true;
+      for (int64_t i = begin; i < last; ++i) all &= offset[i + 1] == offset[i] + 1;
+    }
+  }
+};
+
+template <class T>
+ANNNET_INLINE Vec<T> load_some(const T* source, int64_t count) {
+  return count >= kLanes<T> ? load(source) : load_first(source, count);
+}
+
+// The block of one vector of channels from `channel` to at most `channel_end`, and of one group of positions. Each row
+// is a channel (kChannelRows) or a position; what lies outside is zero.
+template <bool kChannelRows, class T>
+ANNNET_INLINE void load_block(const Positions<T>& source, int64_t channel, int64_t channel_end, int64_t group,
+                              Vec<T> (&rows)[kLanes<T>]) {
+  constexpr int kWidth = kLanes<T>;
+  const int64_t* offset = source.offset + group * kWidth;
+  const int64_t channels = minimum(channel_end - channel, kWidth);
+  const int64_t positions = minimum(source.count - group * kWidth, kWidth);
+  const T* first = source.data + channel * source.channel_stride;
+  if (source.channel_stride == 1) {
+    for (int i = 0; i < kWidth; ++i) rows[i] = i < positions ? load_some(first + offset[i], channels) : Vec<T>{};
+    if constexpr (kChannelRows) transpose(rows);
+  } else if (source.adjacent[group]) {
+    for (int i = 0; i < kWidth; ++i)
+      rows[i] = i < channels ? load_some(first + offset[0] + i * source.channel_stride, positions) : Vec<T>{};
+    if constexpr (!kChannelRows) transpose(rows);
+  } else {
+    Acc<T> elements[kWidth][kWidth] = {};
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t p = 0; p < positions; ++p)
+        (kChannelRows ? elements[c][p] : elements[p][c]) = load_one(first + c * source.channel_stride + offset[p]);
+    for (int i = 0; i < kWidth; ++i) rows[i] = load(elements[i]);
+  }
+}
+
+// Stores the rows from k on as an operand of elements T, `count` of them.
+template <class T>
+ANNNET_INLINE void store_rows(Element<T>* target, int64_t stride, const Vec<T> (&rows)[kLanes<T>], int64_t count) {
+#ifdef ANNNET_BF16_DOT
+  if constexpr (Operand<T>::kStep == 2) {
+    for (int i = 0; i < kLanes<T>; i += 2)
+      if (i < count) {
+        const __m256i low = bit_cast<__m256i>(_mm512_cvtneps_pbh(rows[i]));
+        const __m256i high = bit_cast<__m256i>(_mm512_cvtneps_pbh(rows[i + 1]));
+        const __m512i pairs =
+            _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+        _mm512_storeu_si512(target + i / 2 * stride, pairs);
+      }
+    return;
+  }
+#endif
+  for (int i = 0; i < kLanes<T>; ++i)
+    if (i < count) memcpy(target + i * stride, &rows[i], sizeof rows[i]);
+}
+
+// Operand of elements T with k = channel: target[channel - begin][position]. `S` is T, or Acc<T> for a buffer.
+template <class T, class S>
+inline void pack_channels(const Positions<S>& source, int64_t begin, int64_t end, Element<T>* target, int64_t stride) {
+  for (int64_t channel = begin; channel < end; channel += kLanes<T>)
+    for (int64_t group = 0; group * kLanes<T> < source.count; ++group) {
+      Vec<T> rows[kLanes<T>];
+      load_block<true>(source, channel, end, group, rows);
+      store_rows<T>(target + (channel - begin) / Operand<T>::kStep * stride + group * kLanes<T>, stride, rows,
+                    end - channel);
+    }
+}
+
+// Operand of elements T with k = position: target[position][channel - begin].
+template <class T, class S>
+inline void pack_positions(const Positions<S>& source, int64_t begin, int64_t end, Element<T>* target, int64_t stride) {
+  for (int64_t group = 0; group * kLanes<T> < source.count; ++group)
+    for (int64_t channel = begin; channel < end; channel += kLanes<T>) {
+      Vec<T> rows[kLanes<T>];
+      load_block<false>(source, channel, end, group, rows);
+      store_rows<T>(target + group * kLanes<T> / Operand<T>::kStep * stride + (channel - begin), stride, rows,
+                    source.count - group * kLanes<T>);
+    }
+}
+
+}  // namespace annnet::ANNNET_LEVEL
