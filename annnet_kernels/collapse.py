@@ -123,9 +123,9 @@ def _token_values(parts: Parts, pooled: Tensor) -> Tensor:
         matrices = [conv.weight.flatten(1).t() for conv in (parts.value, parts.out)]
         if parts.join is not None:
             matrices.append(parts.join.weight[:, : parts.out.out_channels].flatten(1).t())
-        rows = pooled.transpose(1, 2).reshape(batch * tokens, -1)
+        rows = pooled.transpose(1, 2).flatten(0, 1)
         values: Tensor = torch.linalg.multi_dot([m.to(accumulator) for m in (rows, *matrices)])
-        return values.view(batch, tokens, -1).transpose(1, 2)
+        return values.view(batch, tokens, values.shape[1]).transpose(1, 2)
 
 
 def _constant(parts: Parts) -> Tensor:

@@ -30,7 +30,10 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 
 def assert_as_accurate_as_plain(
-    run: Callable[[int], tuple[Results, Results, Results]], dtype: torch.dtype, factor: float = FACTOR
+    run: Callable[[int], tuple[Results, Results, Results]],
+    dtype: torch.dtype,
+    factor: float = FACTOR,
+    seeds: int = SEEDS,
 ) -> None:
     """Hold the project's results against plain PyTorch's, both judged by float64.
 
@@ -38,10 +41,11 @@ def assert_as_accurate_as_plain(
         run: takes a seed drawn freshly here; returns (ours, plain, truth), each a mapping from names to tensors.
         dtype: chooses the floor for rounding noise.
         factor: how much larger than plain's our median error may be.
+        seeds: how many draws the medians are over; more where single draws scatter.
     """
-    base = int(torch.randint(0, 2**31 - SEEDS, (), generator=_entropy()))
+    base = int(torch.randint(0, 2**31 - seeds, (), generator=_entropy()))
     errors: dict[str, list[tuple[float, float]]] = {}
-    for seed in range(base, base + SEEDS):
+    for seed in range(base, base + seeds):
         torch.manual_seed(seed)
         ours, plain, truth = run(seed)
         assert ours.keys() == truth.keys() == plain.keys(), (list(ours), list(plain), list(truth))
@@ -54,7 +58,7 @@ def assert_as_accurate_as_plain(
         if not mine <= factor * theirs + FLOOR[dtype]:
             worst = max(pair[0] for pair in pairs)
             failures.append(f"{name}: median error {mine:.3e}, plain {theirs:.3e}, largest {worst:.3e}")
-    assert not failures, f"{dtype}, seeds {base} to {base + SEEDS - 1}:\n  " + "\n  ".join(failures)
+    assert not failures, f"{dtype}, seeds {base} to {base + seeds - 1}:\n  " + "\n  ".join(failures)
 
 
 def _entropy() -> torch.Generator:

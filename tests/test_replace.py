@@ -136,7 +136,7 @@ def test_a_model_without_blocks_says_so_and_a_non_module_is_an_error():
     assert "No asymmetric non-local blocks" in str(ak.replace_blocks(nn.Linear(2, 2)))
     with pytest.raises(TypeError, match=r"model: expected an instance of torch\.nn\.Module, got int"):
         ak.replace_blocks(3)
-    with pytest.raises(TypeError, match="model: .*got the class Linear"):
+    with pytest.raises(TypeError, match=r"model: .*got the class Linear"):
         ak.restore_blocks(nn.Linear)
     with pytest.raises(TypeError, match="verify: expected a bool"):
         ak.replace_blocks(nn.Linear(2, 2), verify="yes")

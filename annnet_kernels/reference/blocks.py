@@ -30,8 +30,7 @@ class PyramidPooling(nn.Module):
         self.stages = nn.ModuleList(nn.AdaptiveAvgPool2d(size) for size in zip(self.heights, self.widths, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, channels = x.shape[:2]
-        return torch.cat([pool(x).reshape(batch, channels, -1) for pool in self.stages], dim=2)
+        return torch.cat([pool(x).flatten(2) for pool in self.stages], dim=2)
 
 
 class AttentionStage(nn.Module):
@@ -71,7 +70,7 @@ class AttentionStage(nn.Module):
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         batch, _, height, width = high.shape
         value = self.psp(self.f_value(low)).permute(0, 2, 1)
-        query = self.f_query(high).reshape(batch, self.key_channels, -1).permute(0, 2, 1)
+        query = self.f_query(high).flatten(2).permute(0, 2, 1)
         key = self.psp(self.f_key(low))
         similarity = F.softmax(self.key_channels**-0.5 * torch.matmul(query, key), dim=-1)
         context = torch.matmul(similarity, value).permute(0, 2, 1).contiguous()
