@@ -1,0 +1,71 @@
+// Arguments and table of the attention kernels. Plain C types only: see levels.h.
+//
+// B images, N = H·W pixels, T tokens, Ck and Cv channels of keys and values. All strides are in elements.
+#pragma once
+
+#include <stdint.h>
+
+#include "dtypes.h"
+
+namespace annnet {
+
+struct Map {  // (B, C, H, W)
+  const void* data;
+  int64_t batch_stride, channel_stride, row_stride, column_stride;
+};
+
+struct Tokens {  // (B, C, T)
+  const void* data;
+  int64_t batch_stride, channel_stride, token_stride;
+};
+
+struct AttentionSizes {
+  int64_t batch, pixels, width, tokens, key_channels, value_channels;
+};
+
+// How a call is cut into parallel pieces and what memory they need. A function of the sizes alone, so that a result
+// does not depend on the number of threads.
+struct AttentionPlan {
+  int64_t blocks;         // pieces of an image in the forward
+  int64_t splits;         // pieces of an image in the backward, each with sums of its own for dkey and dvalue
+  int64_t token_blocks;   // pieces of an image's tokens when they are packed
+  int64_t packed_bytes;   // keys and values of one image, packed
+  int64_t scratch_bytes;  // one thread's blocks
+  int64_t sums_bytes;     // one split's sums
+};
+
+struct Attention {
+  AttentionSizes sizes;
+  AttentionPlan plan;
+  double scale;
+  Map query;
+  Tokens key, value;
+  bool channels_last;  // of out and dquery, which are dense
+  char* packed;        // plan.packed_bytes per image
+
+  // Forward
+  void* out;        // (B, Cv, H, W)
+  void* logsumexp;  // (B, N), float32 or float64
+
+  // Backward
+  Map grad_out;
+  bool needs_query, needs_key, needs_value;
+  void *dquery, *dkey, *dvalue;  // dkey and dvalue: dense (B, T, C)
+  char* sums;                    // plan.sums_bytes per image and split
+};
+
+struct AsymmetricAttentionKernels {
+  struct OfDtype {
+    AttentionPlan (*plan)(const AttentionSizes&, bool backward);
+    // Packs keys and values: the blocks of tokens from `begin` to `end` of all images'.
+    void (*pack)(const Attention&, bool backward, int64_t begin, int64_t end);
+    // The blocks of pixels from `begin` to `end` of all images'; `scratch` is this thread's.
+    void (*forward)(const Attention&, char* scratch, int64_t begin, int64_t end);
+    // The splits from `begin` to `end` of all images'.
+    void (*backward)(const Attention&, char* scratch, int64_t begin, int64_t end);
+    // dkey and dvalue of the tokens from `begin` to `end` of all images', from the splits' sums.
+    void (*reduce)(const Attention&, int64_t begin, int64_t end);
+  } of_dtype[kDtypes];
+};
+
+}  // namespace annnet
