@@ -29,10 +29,12 @@ def register(
     allocate: Callable[..., Any],
     reference: Callable[..., None],
     triton_module: str,
-    vmap: Callable[..., Any],
-    flops: Callable[..., int],
+    vmap: Callable[..., Any] | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> Callable[[Callable[..., Any]], None]:
     """Define an operator and return a function that gives it the autograd Function to route through.
+
+    An operator that never gets one is a step inside of somebody else's Function, and refuses to record a gradient.
 
     Args:
         schema: the operator's schema. One whose last argument is ``str? backend`` follows that request (the backward
@@ -41,8 +43,8 @@ def register(
         reference: plain PyTorch implementation.
         triton_module: module of ``annnet_kernels.kernels`` whose function named as the operator launches the kernel.
             It is imported at the first launch, so that importing the package does not import Triton.
-        vmap: batching rule, as ``torch.library.register_vmap`` takes it.
-        flops: FLOP of a call (2 per multiply-add), as ``register_flop_formula`` takes it.
+        vmap: batching rule, as ``torch.library.register_vmap`` takes it; None if the operator is not to be batched.
+        flops: FLOP of a call (2 per multiply-add), as ``register_flop_formula`` takes it; None counts nothing.
     """
     name = schema.split("(", 1)[0]
     takes_backend = "str? backend" in schema
@@ -66,17 +68,28 @@ def register(
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", allocate, lib=LIBRARY)
-    torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap, lib=LIBRARY)
-    register_flops(operator, flops)
+    if vmap is not None:
+        torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap, lib=LIBRARY)
+    if flops is not None:
+        register_flops(operator, flops)
+    differentiable: Callable[..., Any] | None = None
 
-    def route_autograd(differentiable: Callable[..., Any]) -> None:
-        def autograd(*arguments: Any) -> Any:
-            if _needs_autograd(name, arguments):
-                return differentiable(*arguments)
-            with torch._C._AutoDispatchBelowAutograd():
-                return operator(*arguments)
+    def autograd(*arguments: Any) -> Any:
+        if _needs_autograd(name, arguments):
+            if differentiable is None:
+                raise NotImplementedError(
+                    f"torch.ops.{NAMESPACE}.{name}: the operator has no derivative of its own; "
+                    f"call it without gradient mode, inside of a torch.autograd.Function"
+                )
+            return differentiable(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
 
-        LIBRARY.impl(name, autograd, "Autograd")
+    LIBRARY.impl(name, autograd, "Autograd")
+
+    def route_autograd(function: Callable[..., Any]) -> None:
+        nonlocal differentiable
+        differentiable = function
 
     return route_autograd
 
