@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..layouts import empty_map, empty_tokens, is_channels_last
 from .attention_kernels import (
     asymmetric_attention_bwd_pixels_kernel,
     asymmetric_attention_bwd_query_kernel,
@@ -16,7 +19,7 @@ from .attention_kernels import (
     asymmetric_attention_sum_splits_kernel,
 )
 from .launch import Device, Launch, device_of, product_precision, run_all
-from .operands import Map, Norm, map_argument, pixel_multiple, tokens_argument
+from .operands import Map, Norm, chunk_argument, map_argument, pixel_multiple, tokens_argument
 from .tiles import AttentionTile, attention_tile, pixel_splits, token_gradient_tile
 
 _SUM_BLOCK = 1024
@@ -25,10 +28,7 @@ _SUM_BLOCK = 1024
 def asymmetric_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, logsumexp: Tensor
 ) -> None:
-    launches = plan_forward(
-        query, None, key, value, None, scale, out, logsumexp, product_precision(query.dtype), device_of(query)
-    )
-    run_all(launches, query)
+    _forward(query, None, key, value, None, scale, out, logsumexp)
 
 
 def asymmetric_attention_bwd(
@@ -43,20 +43,73 @@ def asymmetric_attention_bwd(
     dkey: Tensor,
     dvalue: Tensor,
 ) -> None:
-    launches = plan_backward(
-        grad_out,
-        query,
-        None,
-        key,
-        value,
-        logsumexp,
-        scale,
-        dquery if needs[0] else None,
-        dkey if needs[1] else None,
-        dvalue if needs[2] else None,
-        product_precision(query.dtype),
-        device_of(query),
-    )
+    _backward(grad_out, query, None, key, value, logsumexp, scale, needs, (dquery, dkey, dvalue))
+
+
+def asymmetric_attention_bn_relu(
+    y: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    key: Tensor,
+    value: Tensor,
+    addend: Tensor | None,
+    scale: float,
+    out: Tensor,
+    logsumexp: Tensor,
+) -> None:
+    _forward(y, Norm(mean, invstd, weight, bias), key, value, addend, scale, out, logsumexp)
+
+
+def asymmetric_attention_bn_relu_bwd(
+    grad_out: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logsumexp: Tensor,
+    scale: float,
+    needs: Sequence[bool],
+    dz: Tensor,
+    dkey: Tensor,
+    dvalue: Tensor,
+) -> None:
+    norm = Norm(mean, invstd, weight, bias)
+    _backward(grad_out, y, norm, key, value, logsumexp, scale, needs, (dz, dkey, dvalue))
+
+
+def _forward(
+    query: Tensor,
+    norm: Norm | None,
+    key: Tensor,
+    value: Tensor,
+    addend: Tensor | None,
+    scale: float,
+    out: Tensor,
+    logsumexp: Tensor,
+) -> None:
+    precision, device = product_precision(query.dtype), device_of(query)
+    run_all(plan_forward(query, norm, key, value, addend, scale, out, logsumexp, precision, device), query)
+
+
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    norm: Norm | None,
+    key: Tensor,
+    value: Tensor,
+    logsumexp: Tensor,
+    scale: float,
+    needs: Sequence[bool],
+    gradients: Sequence[Tensor],
+) -> None:
+    precision, device = product_precision(query.dtype), device_of(query)
+    dquery, dkey, dvalue = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+    launches = plan_backward(grad, query, norm, key, value, logsumexp, scale, dquery, dkey, dvalue, precision, device)
     run_all(launches, query)
 
 
@@ -74,7 +127,7 @@ def plan_forward(
 ) -> list[Launch]:
     """out = softmax(scale · QKᵀ) V + addend."""
     maps = (map_argument(query), None if addend is None else map_argument(addend), map_argument(out))
-    tile = _tile(query, key, value, precision, device)
+    tile = _tile(query, key, value, precision, False, device)
     blocks = query.shape[0] * -(-logsumexp.shape[1] // tile.pixels)
     if blocks == 0:
         return []
@@ -86,12 +139,12 @@ def plan_forward(
         "addend": maps[1],
         "out": maps[2],
         "logsumexp_ptr": logsumexp,
-        **_sizes(query, key, maps),
+        **_sizes(query, maps),
         **_tile_constants(query, key, value, tile),
         "scale": scale,
         "PRECISION": precision,
     }
-    return [Launch(asymmetric_attention_fwd_kernel, (blocks,), arguments, tile.warps, tile.stages)]
+    return [Launch(asymmetric_attention_fwd_kernel, (blocks,), arguments, tile.warps, tile.stages, tile.max_registers)]
 
 
 def plan_backward(
@@ -110,7 +163,7 @@ def plan_backward(
 ) -> list[Launch]:
     """The gradients that are not None; ``dquery`` is that of the normalised query."""
     batch, pixels = logsumexp.shape
-    tile = _tile(query, key, value, precision, device)
+    tile = _tile(query, key, value, precision, True, device)
     one_block = key.shape[2] <= tile.tokens
     blocks = batch * -(-pixels // tile.pixels)
     if blocks == 0 or (dquery is None and dkey is None and dvalue is None):
@@ -127,7 +180,7 @@ def plan_backward(
     maps = (grad_map, query_map, dquery_map)
     common = {
         "scratch_tokens": scratch_tokens,
-        **_sizes(query, key, maps),
+        **_sizes(query, maps),
         "scale": scale,
         "PRECISION": precision,
     }
@@ -144,20 +197,25 @@ def plan_backward(
         "dlogits_ptr": dlogits,
         **_tile_constants(query, key, value, tile),
     }
-    launches = [Launch(asymmetric_attention_bwd_pixels_kernel, (blocks,), arguments, tile.warps, tile.stages)]
+    launches = [
+        Launch(
+            asymmetric_attention_bwd_pixels_kernel, (blocks,), arguments, tile.warps, tile.stages, tile.max_registers
+        )
+    ]
     if dquery is not None and not one_block:
         arguments = {
             **common,
             "dlogits_ptr": dlogits,
             "key": tokens_argument(key),
             "dquery": dquery_map,
-            "KEY_CHANNELS": key.shape[1],
-            "KEY_CHUNK": tile.key_chunk,
+            "chunk": chunk_argument(key.shape[1], tile.key_chunk),
             "BLOCK_PIXELS": tile.pixels,
             "BLOCK_TOKENS": tile.tokens,
         }
         grid = (blocks, -(-key.shape[1] // tile.key_chunk))
-        launches.append(Launch(asymmetric_attention_bwd_query_kernel, grid, arguments, tile.warps, tile.stages))
+        launches.append(
+            Launch(asymmetric_attention_bwd_query_kernel, grid, arguments, tile.warps, tile.stages, tile.max_registers)
+        )
     if dkey is not None:
         launches += _token_gradient(query_map, norm, dlogits, dkey, common, device)
     if dvalue is not None:
@@ -185,13 +243,20 @@ def _token_gradient(
         "scratch_ptr": scratch,
         "out_ptr": target,
         "split_pixels": split_pixels,
-        "CHANNELS": channels,
-        "CHUNK": tile.chunk,
+        "n_tokens": tokens,
+        "chunk": chunk_argument(channels, tile.chunk),
         "BLOCK_PIXELS": tile.pixels,
         "BLOCK_TOKENS": tile.tokens,
     }
     launches = [
-        Launch(asymmetric_attention_bwd_tokens_kernel, (tiles, splits, batch), arguments, tile.warps, tile.stages)
+        Launch(
+            asymmetric_attention_bwd_tokens_kernel,
+            (tiles, splits, batch),
+            arguments,
+            tile.warps,
+            tile.stages,
+            tile.max_registers,
+        )
     ]
     if splits > 1:
         size = out.numel()
@@ -204,16 +269,24 @@ def _token_gradient(
     return launches
 
 
-def _tile(query: Tensor, key: Tensor, value: Tensor, precision: str, device: Device) -> AttentionTile:
-    return attention_tile(key.shape[1], value.shape[1], key.shape[2], query.dtype, precision, device.shared_memory)
+def _tile(query: Tensor, key: Tensor, value: Tensor, precision: str, backward: bool, device: Device) -> AttentionTile:
+    return attention_tile(
+        key.shape[1],
+        value.shape[1],
+        key.shape[2],
+        query.dtype,
+        precision,
+        backward,
+        device.capability,
+        device.shared_memory,
+    )
 
 
-def _sizes(query: Tensor, key: Tensor, maps: Sequence[Map | None]) -> dict[str, Any]:
+def _sizes(query: Tensor, maps: Sequence[Map | None]) -> dict[str, Any]:
     height, width = query.shape[2:]
     multiple = pixel_multiple(height * width, maps)
     return {
         "pixel_groups": height * width // multiple,
-        "n_tokens": key.shape[2],
         "width": width,
         "PIXEL_MULTIPLE": multiple,
     }
@@ -222,10 +295,82 @@ def _sizes(query: Tensor, key: Tensor, maps: Sequence[Map | None]) -> dict[str, 
 def _tile_constants(query: Tensor, key: Tensor, value: Tensor, tile: AttentionTile) -> dict[str, Any]:
     return {
         "ONE_BLOCK": key.shape[2] <= tile.tokens,
-        "KEY_CHANNELS": key.shape[1],
-        "VALUE_CHANNELS": value.shape[1],
-        "KEY_CHUNK": tile.key_chunk,
-        "VALUE_CHUNK": tile.value_chunk,
+        "key_chunk": chunk_argument(key.shape[1], tile.key_chunk),
+        "value_chunk": chunk_argument(value.shape[1], tile.value_chunk),
         "BLOCK_PIXELS": tile.pixels,
         "BLOCK_TOKENS": tile.tokens,
     }
+
+
+_SIZES = {"channels_last": (97, 97), "NCHW aligned": (96, 96), "NCHW odd": (97, 97), "strided": (97, 97)}
+_DTYPES = ((torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32"))
+_BLOCK_WIDTHS = (256, 512, 110)
+_OTHER_WIDTHS = ((80, 19, 110), (256, 256, 50), (256, 256, 300))
+"""(Ck, Cv, T): of the blocks; masked channels, a short block of tokens, several blocks of tokens."""
+
+
+def launch_variants(device: Device) -> Iterator[tuple[str, str, Launch]]:
+    """(dtype, layout, launch) of everything that gets code of its own on ``device``."""
+    every_need = list(itertools.product((True, False), repeat=3))
+    for (dtype, precision), layout in itertools.product(_DTYPES, _SIZES):
+        examples = [
+            _Example(_BLOCK_WIDTHS, layout, "token-major", normalised=False, needs=every_need),
+            _Example(_BLOCK_WIDTHS, layout, "channel-major", normalised=False),
+            _Example(_BLOCK_WIDTHS, layout, "token-major", normalised=True, needs=every_need),
+            *(_Example(widths, layout, "token-major", normalised=n) for widths in _OTHER_WIDTHS for n in (False, True)),
+        ]
+        for example in examples:
+            label = f"{layout}, {example.tokens} tokens{', normalised' * example.normalised}"
+            for launch in example.launches(dtype, precision, device):
+                yield str(dtype).removeprefix("torch."), label, launch
+
+
+@dataclass(frozen=True)
+class _Example:
+    """Tensors without memory, as a call would bring them."""
+
+    widths: tuple[int, int, int]
+    layout: str
+    tokens: str
+    normalised: bool
+    needs: Sequence[Sequence[bool]] = ((True, True, True),)
+    batch: int = 8
+
+    def launches(self, dtype: torch.dtype, precision: str, device: Device) -> list[Launch]:
+        like = torch.empty(0, dtype=dtype, device="meta")
+        key_channels, value_channels, _ = self.widths
+        query, key, value = (
+            self._map(like, key_channels),
+            self._tokens(like, key_channels),
+            self._tokens(like, value_channels),
+        )
+        height, width = query.shape[2:]
+        out = empty_map(like, (self.batch, value_channels, height, width), is_channels_last(query))
+        logsumexp = like.new_empty((self.batch, height * width), dtype=torch.float32)
+        norm = Norm(*[like.new_empty(key_channels, dtype=torch.float32)] * 4) if self.normalised else None
+        launches = []
+        for addend in (None, out) if self.normalised else (None,):
+            launches += plan_forward(query, norm, key, value, addend, 1.0, out, logsumexp, precision, device)
+        gradients = (
+            empty_map(like, (self.batch, key_channels, height, width), is_channels_last(query)),
+            empty_tokens(like, *key.shape),
+            empty_tokens(like, *value.shape),
+        )
+        for needs in self.needs:
+            dquery, dkey, dvalue = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+            launches += plan_backward(
+                out, query, norm, key, value, logsumexp, 1.0, dquery, dkey, dvalue, precision, device
+            )
+        return launches
+
+    def _map(self, like: Tensor, channels: int) -> Tensor:
+        height, width = _SIZES[self.layout]
+        if self.layout == "strided":
+            return like.new_empty((self.batch, channels, height, width + 3))[..., :width]
+        return empty_map(like, (self.batch, channels, height, width), self.layout == "channels_last")
+
+    def _tokens(self, like: Tensor, channels: int) -> Tensor:
+        count = self.widths[2]
+        if self.tokens == "token-major":
+            return empty_tokens(like, self.batch, channels, count)
+        return like.new_empty((self.batch, channels, count))

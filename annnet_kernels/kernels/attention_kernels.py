@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .operands import load_map, load_tokens, pixel_pointers, store_map
 
-_SIZES = ["pixel_groups", "n_tokens", "width"]  # not in the key of a compiled variant
+_SIZES = ["pixel_groups", "width"]  # not in the key of a compiled variant
 
 
 @triton.jit
@@ -33,64 +33,21 @@ def _pixel_block(pixel_groups, PIXEL_MULTIPLE: tl.constexpr, BLOCK_PIXELS: tl.co
 
 
 @triton.jit
-def _scores(
-    map,
-    norm,
-    pixels,
-    inside,
-    tokens,
-    batch,
-    first_token,
-    n_tokens,
-    CHANNELS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Products of pixels with tokens over all channels, (BLOCK_PIXELS, BLOCK_TOKENS) float32."""
-    scores = tl.zeros((BLOCK_PIXELS, BLOCK_TOKENS), tl.float32)
-    for first in range(0, CHANNELS, CHUNK):
-        rows = load_map(map, norm, pixels, inside, first, CHANNELS, CHUNK)
-        columns = load_tokens(tokens, batch, first_token, n_tokens, first, CHANNELS, CHUNK, BLOCK_TOKENS)
+def _scores(map, norm, pixels, inside, tokens, batch, first_token, chunk, BLOCK_TOKENS, PRECISION):
+    """Products of pixels with tokens over all channels, (pixels, BLOCK_TOKENS) float32."""
+    scores = tl.zeros((inside.shape[0], BLOCK_TOKENS), tl.float32)
+    for first in range(0, map.channels, chunk.size):
+        rows = load_map(map, norm, pixels, inside, first, chunk)
+        columns = load_tokens(tokens, batch, first_token, first, chunk, BLOCK_TOKENS)
         scores = tl.dot(rows, tl.trans(columns), scores, input_precision=PRECISION)
     return scores
 
 
 @triton.jit
-def _logits(
-    query,
-    norm,
-    pixels,
-    inside,
-    key,
-    batch,
-    first_token,
-    n_tokens,
-    scale,
-    KEY_CHANNELS: tl.constexpr,
-    KEY_CHUNK: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def _logits(query, norm, pixels, inside, key, batch, first_token, scale, chunk, BLOCK_TOKENS, PRECISION):
     """scale · QKᵀ, −∞ beyond the last token."""
-    scores = _scores(
-        query,
-        norm,
-        pixels,
-        inside,
-        key,
-        batch,
-        first_token,
-        n_tokens,
-        KEY_CHANNELS,
-        KEY_CHUNK,
-        BLOCK_PIXELS,
-        BLOCK_TOKENS,
-        PRECISION,
-    )
-    exists = first_token + tl.arange(0, BLOCK_TOKENS) < n_tokens
+    scores = _scores(query, norm, pixels, inside, key, batch, first_token, chunk, BLOCK_TOKENS, PRECISION)
+    exists = first_token + tl.arange(0, BLOCK_TOKENS) < key.count
     return tl.where(exists[None, :], scores * scale, -float("inf"))
 
 
@@ -104,15 +61,12 @@ def asymmetric_attention_fwd_kernel(
     out,
     logsumexp_ptr,
     pixel_groups,
-    n_tokens,
     width,
     scale,
+    key_chunk,
+    value_chunk,
     PIXEL_MULTIPLE: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
-    KEY_CHANNELS: tl.constexpr,
-    VALUE_CHANNELS: tl.constexpr,
-    KEY_CHUNK: tl.constexpr,
-    VALUE_CHUNK: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -127,17 +81,17 @@ def asymmetric_attention_fwd_kernel(
     out_pixels = pixel_pointers(out, batch, first_pixel, width, BLOCK_PIXELS)
 
     if ONE_BLOCK:
-        logits = _logits(query, norm, query_pixels, inside, key, batch, 0, n_tokens, scale,
-                         KEY_CHANNELS, KEY_CHUNK, BLOCK_PIXELS, BLOCK_TOKENS, PRECISION)  # fmt: skip
+        logits = _logits(query, norm, query_pixels, inside, key, batch, 0, scale, key_chunk, BLOCK_TOKENS, PRECISION)
         maximum = tl.max(logits, 1)
         weights = tl.exp(logits - maximum[:, None])
         total = tl.sum(weights, 1)
     else:
         maximum = tl.full((BLOCK_PIXELS,), -float("inf"), tl.float32)
         total = tl.zeros((BLOCK_PIXELS,), tl.float32)
-        for first_token in range(0, n_tokens, BLOCK_TOKENS):
-            logits = _logits(query, norm, query_pixels, inside, key, batch, first_token, n_tokens, scale,
-                             KEY_CHANNELS, KEY_CHUNK, BLOCK_PIXELS, BLOCK_TOKENS, PRECISION)  # fmt: skip
+        for first_token in range(0, key.count, BLOCK_TOKENS):
+            logits = _logits(
+                query, norm, query_pixels, inside, key, batch, first_token, scale, key_chunk, BLOCK_TOKENS, PRECISION
+            )
             larger = tl.maximum(maximum, tl.max(logits, 1))
             total = total * tl.exp(maximum - larger) + tl.sum(tl.exp(logits - larger[:, None]), 1)
             maximum = larger
@@ -145,33 +99,46 @@ def asymmetric_attention_fwd_kernel(
     rows = first_pixel + tl.arange(0, BLOCK_PIXELS)
     tl.store(logsumexp_ptr + batch * n_pixels + rows, maximum + tl.log(total), mask=inside)
 
-    for first in range(0, VALUE_CHANNELS, VALUE_CHUNK):
+    for first in range(0, value.channels, value_chunk.size):
         if ONE_BLOCK:
-            columns = load_tokens(value, batch, 0, n_tokens, first, VALUE_CHANNELS, VALUE_CHUNK, BLOCK_TOKENS)
+            columns = load_tokens(value, batch, 0, first, value_chunk, BLOCK_TOKENS)
             context = tl.dot(weights.to(columns.dtype), columns, input_precision=PRECISION)
         else:
-            context = tl.zeros((BLOCK_PIXELS, VALUE_CHUNK), tl.float32)
-            for first_token in range(0, n_tokens, BLOCK_TOKENS):
-                logits = _logits(query, norm, query_pixels, inside, key, batch, first_token, n_tokens, scale,
-                                 KEY_CHANNELS, KEY_CHUNK, BLOCK_PIXELS, BLOCK_TOKENS, PRECISION)  # fmt: skip
-                weights = tl.exp(logits - maximum[:, None])
-                columns = load_tokens(
-                    value, batch, first_token, n_tokens, first, VALUE_CHANNELS, VALUE_CHUNK, BLOCK_TOKENS
+            context = tl.zeros((BLOCK_PIXELS, value_chunk.size), tl.float32)
+            for first_token in range(0, key.count, BLOCK_TOKENS):
+                logits = _logits(
+                    query,
+                    norm,
+                    query_pixels,
+                    inside,
+                    key,
+                    batch,
+                    first_token,
+                    scale,
+                    key_chunk,
+                    BLOCK_TOKENS,
+                    PRECISION,
                 )
+                weights = tl.exp(logits - maximum[:, None])
+                columns = load_tokens(value, batch, first_token, first, value_chunk, BLOCK_TOKENS)
                 context = tl.dot(weights.to(columns.dtype), columns, context, input_precision=PRECISION)
         context = context / total[:, None]
         if addend is not None:
             addend_pixels = pixel_pointers(addend, batch, first_pixel, width, BLOCK_PIXELS)
-            context += load_map(addend, None, addend_pixels, inside, first, VALUE_CHANNELS, VALUE_CHUNK)
-        store_map(out, context, out_pixels, inside, first, VALUE_CHANNELS, VALUE_CHUNK)
+            context += load_map(addend, None, addend_pixels, inside, first, value_chunk)
+        store_map(out, context, out_pixels, inside, first, value_chunk)
 
 
 @triton.jit
-def _scratch_tile(pointer, first_row, rows, inside, first_token, scratch_tokens, BLOCK_TOKENS: tl.constexpr):
-    """Pointers and mask (rows, BLOCK_TOKENS) of a (B · N, scratch_tokens) matrix."""
+def _scratch_tile(
+    pointer, batch, n_pixels, first_pixel, inside, first_token, scratch_tokens, BLOCK_TOKENS: tl.constexpr
+):
+    """Pointers and mask (pixels, BLOCK_TOKENS) of a (B, N, scratch_tokens) matrix."""
+    corner = pointer + (batch * n_pixels + first_pixel) * scratch_tokens
+    rows = tl.arange(0, inside.shape[0])
     tokens = first_token + tl.arange(0, BLOCK_TOKENS)
-    row_offsets = (first_row + rows) * scratch_tokens
-    return pointer + row_offsets[:, None] + tokens[None, :], inside[:, None] & (tokens < scratch_tokens)[None, :]
+    offsets = (rows * scratch_tokens)[:, None] + tokens[None, :]
+    return corner + offsets, inside[:, None] & (tokens < scratch_tokens)[None, :]
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -187,15 +154,12 @@ def asymmetric_attention_bwd_pixels_kernel(
     dlogits_ptr,
     scratch_tokens,
     pixel_groups,
-    n_tokens,
     width,
     scale,
+    key_chunk,
+    value_chunk,
     PIXEL_MULTIPLE: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
-    KEY_CHANNELS: tl.constexpr,
-    VALUE_CHANNELS: tl.constexpr,
-    KEY_CHUNK: tl.constexpr,
-    VALUE_CHUNK: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -209,45 +173,49 @@ def asymmetric_attention_bwd_pixels_kernel(
     batch, first_pixel, inside, n_pixels = _pixel_block(pixel_groups, PIXEL_MULTIPLE, BLOCK_PIXELS)
     query_pixels = pixel_pointers(query, batch, first_pixel, width, BLOCK_PIXELS)
     grad_pixels = pixel_pointers(grad, batch, first_pixel, width, BLOCK_PIXELS)
-    rows = first_pixel + tl.arange(0, BLOCK_PIXELS)
-    logsumexp = tl.load(logsumexp_ptr + batch * n_pixels + rows, mask=inside, other=0.0)
+    row = first_pixel + tl.arange(0, BLOCK_PIXELS)
+    logsumexp = tl.load(logsumexp_ptr + batch * n_pixels + row, mask=inside, other=0.0)
 
     # Several blocks of tokens need their common rowsum first.
     rowsum = tl.zeros((BLOCK_PIXELS,), tl.float32)
     if not ONE_BLOCK and dlogits_ptr is not None:
-        for first_token in range(0, n_tokens, BLOCK_TOKENS):
-            logits = _logits(query, norm, query_pixels, inside, key, batch, first_token, n_tokens, scale,
-                             KEY_CHANNELS, KEY_CHUNK, BLOCK_PIXELS, BLOCK_TOKENS, PRECISION)  # fmt: skip
-            dattention = _scores(grad, None, grad_pixels, inside, value, batch, first_token, n_tokens,
-                                 VALUE_CHANNELS, VALUE_CHUNK, BLOCK_PIXELS, BLOCK_TOKENS, PRECISION)  # fmt: skip
+        for first_token in range(0, key.count, BLOCK_TOKENS):
+            logits = _logits(
+                query, norm, query_pixels, inside, key, batch, first_token, scale, key_chunk, BLOCK_TOKENS, PRECISION
+            )
+            dattention = _scores(
+                grad, None, grad_pixels, inside, value, batch, first_token, value_chunk, BLOCK_TOKENS, PRECISION
+            )
             rowsum += tl.sum(tl.exp(logits - logsumexp[:, None]) * dattention, 1)
 
-    for first_token in range(0, BLOCK_TOKENS if ONE_BLOCK else n_tokens, BLOCK_TOKENS):
-        logits = _logits(query, norm, query_pixels, inside, key, batch, first_token, n_tokens, scale,
-                         KEY_CHANNELS, KEY_CHUNK, BLOCK_PIXELS, BLOCK_TOKENS, PRECISION)  # fmt: skip
+    for first_token in range(0, BLOCK_TOKENS if ONE_BLOCK else key.count, BLOCK_TOKENS):
+        logits = _logits(
+            query, norm, query_pixels, inside, key, batch, first_token, scale, key_chunk, BLOCK_TOKENS, PRECISION
+        )
         attention = tl.exp(logits - logsumexp[:, None])
         if attention_ptr is not None:
             target, mask = _scratch_tile(
-                attention_ptr, batch * n_pixels, rows, inside, first_token, scratch_tokens, BLOCK_TOKENS
+                attention_ptr, batch, n_pixels, first_pixel, inside, first_token, scratch_tokens, BLOCK_TOKENS
             )
             tl.store(target, attention.to(attention_ptr.dtype.element_ty), mask=mask)
         if dlogits_ptr is not None or dquery is not None:
-            dattention = _scores(grad, None, grad_pixels, inside, value, batch, first_token, n_tokens,
-                                 VALUE_CHANNELS, VALUE_CHUNK, BLOCK_PIXELS, BLOCK_TOKENS, PRECISION)  # fmt: skip
+            dattention = _scores(
+                grad, None, grad_pixels, inside, value, batch, first_token, value_chunk, BLOCK_TOKENS, PRECISION
+            )
             if ONE_BLOCK:
                 rowsum = tl.sum(attention * dattention, 1)
-            dlogits = attention * (dattention - rowsum[:, None])
+            dlogits = (attention * (dattention - rowsum[:, None])).to(query.pointer.dtype.element_ty)
             if dlogits_ptr is not None:
                 target, mask = _scratch_tile(
-                    dlogits_ptr, batch * n_pixels, rows, inside, first_token, scratch_tokens, BLOCK_TOKENS
+                    dlogits_ptr, batch, n_pixels, first_pixel, inside, first_token, scratch_tokens, BLOCK_TOKENS
                 )
-                tl.store(target, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
+                tl.store(target, dlogits, mask=mask)
             if dquery is not None:
                 dquery_pixels = pixel_pointers(dquery, batch, first_pixel, width, BLOCK_PIXELS)
-                for first in range(0, KEY_CHANNELS, KEY_CHUNK):
-                    columns = load_tokens(key, batch, 0, n_tokens, first, KEY_CHANNELS, KEY_CHUNK, BLOCK_TOKENS)
-                    product = tl.dot(dlogits.to(columns.dtype), columns, input_precision=PRECISION)
-                    store_map(dquery, product * scale, dquery_pixels, inside, first, KEY_CHANNELS, KEY_CHUNK)
+                for first in range(0, key.channels, key_chunk.size):
+                    columns = load_tokens(key, batch, 0, first, key_chunk, BLOCK_TOKENS)
+                    product = tl.dot(dlogits, columns, input_precision=PRECISION)
+                    store_map(dquery, product * scale, dquery_pixels, inside, first, key_chunk)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -257,34 +225,31 @@ def asymmetric_attention_bwd_query_kernel(
     dquery,
     scratch_tokens,
     pixel_groups,
-    n_tokens,
     width,
     scale,
+    chunk,
     PIXEL_MULTIPLE: tl.constexpr,
-    KEY_CHANNELS: tl.constexpr,
-    KEY_CHUNK: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dQ = scale · dS K for several blocks of tokens.
 
-    Grid: (B · ⌈N / BLOCK_PIXELS⌉, ⌈Ck / KEY_CHUNK⌉). A program owns BLOCK_PIXELS pixels and KEY_CHUNK channels.
+    Grid: (B · ⌈N / BLOCK_PIXELS⌉, ⌈Ck / chunk⌉). A program owns BLOCK_PIXELS pixels and one chunk of channels.
     dlogits (B, N, scratch_tokens), key (B, Ck, T), dquery (B, Ck, H, W).
     """
     batch, first_pixel, inside, n_pixels = _pixel_block(pixel_groups, PIXEL_MULTIPLE, BLOCK_PIXELS)
-    rows = first_pixel + tl.arange(0, BLOCK_PIXELS)
-    first = tl.program_id(1) * KEY_CHUNK
-    total = tl.zeros((BLOCK_PIXELS, KEY_CHUNK), tl.float32)
-    for first_token in range(0, n_tokens, BLOCK_TOKENS):
+    first = tl.program_id(1) * chunk.size
+    total = tl.zeros((BLOCK_PIXELS, chunk.size), tl.float32)
+    for first_token in range(0, key.count, BLOCK_TOKENS):
         source, mask = _scratch_tile(
-            dlogits_ptr, batch * n_pixels, rows, inside, first_token, scratch_tokens, BLOCK_TOKENS
+            dlogits_ptr, batch, n_pixels, first_pixel, inside, first_token, scratch_tokens, BLOCK_TOKENS
         )
         dlogits = tl.load(source, mask=mask, other=0.0)
-        columns = load_tokens(key, batch, first_token, n_tokens, first, KEY_CHANNELS, KEY_CHUNK, BLOCK_TOKENS)
+        columns = load_tokens(key, batch, first_token, first, chunk, BLOCK_TOKENS)
         total = tl.dot(dlogits, columns, total, input_precision=PRECISION)
     dquery_pixels = pixel_pointers(dquery, batch, first_pixel, width, BLOCK_PIXELS)
-    store_map(dquery, total * scale, dquery_pixels, inside, first, KEY_CHANNELS, KEY_CHUNK)
+    store_map(dquery, total * scale, dquery_pixels, inside, first, chunk)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "split_pixels"])
@@ -293,51 +258,46 @@ def asymmetric_attention_bwd_tokens_kernel(
     norm,
     scratch_ptr,
     out_ptr,
+    n_tokens,
     scratch_tokens,
     split_pixels,
     pixel_groups,
-    n_tokens,
     width,
     scale,
+    chunk,
     PIXEL_MULTIPLE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Partial sums over the pixels of scale · Sᵀ X, with S = A or dS and X = G or Q.
 
-    Grid: (⌈C / CHUNK⌉ · ⌈T / BLOCK_TOKENS⌉, splits, B). A program owns a tile of one image's sums over one split.
-    map (B, C, H, W), scratch (B, N, scratch_tokens), out
-    (splits, B, T, C).
+    Grid: (⌈C / chunk⌉ · ⌈T / BLOCK_TOKENS⌉, splits, B). A program owns a tile of one image's sums over one split.
+    map (B, C, H, W), scratch (B, N, scratch_tokens), out (splits, B, T, C).
     """
-    chunks = tl.cdiv(CHANNELS, CHUNK)
-    first = (tl.program_id(0) % chunks) * CHUNK
+    chunks = tl.cdiv(map.channels, chunk.size)
+    first = (tl.program_id(0) % chunks) * chunk.size
     first_token = (tl.program_id(0) // chunks) * BLOCK_TOKENS
     batch = tl.program_id(2).to(tl.int64)
     n_pixels = pixel_groups * PIXEL_MULTIPLE
     first_pixel = tl.program_id(1) * split_pixels
     last_pixel = tl.minimum(first_pixel + split_pixels, n_pixels)
 
-    total = tl.zeros((BLOCK_TOKENS, CHUNK), tl.float32)
-    for block in range(first_pixel, last_pixel, BLOCK_PIXELS):
-        rows = block + tl.arange(0, BLOCK_PIXELS)
-        inside = rows < n_pixels
+    total = tl.zeros((BLOCK_TOKENS, chunk.size), tl.float32)
+    for pixel in range(first_pixel, last_pixel, BLOCK_PIXELS):
+        inside = pixel + tl.arange(0, BLOCK_PIXELS) < n_pixels
         source, mask = _scratch_tile(
-            scratch_ptr, batch * n_pixels, rows, inside, first_token, scratch_tokens, BLOCK_TOKENS
+            scratch_ptr, batch, n_pixels, pixel, inside, first_token, scratch_tokens, BLOCK_TOKENS
         )
         weights = tl.load(source, mask=mask, other=0.0)
-        values = load_map(
-            map, norm, pixel_pointers(map, batch, block, width, BLOCK_PIXELS), inside, first, CHANNELS, CHUNK
-        )
+        values = load_map(map, norm, pixel_pointers(map, batch, pixel, width, BLOCK_PIXELS), inside, first, chunk)
         total = tl.dot(tl.trans(weights), values, total, input_precision=PRECISION)
 
     tokens = first_token + tl.arange(0, BLOCK_TOKENS)
-    channels = first + tl.arange(0, CHUNK)
+    channels = first + tl.arange(0, chunk.size)
     image = (tl.program_id(1) * tl.num_programs(2) + batch) * n_tokens
-    target = out_ptr + (image + tokens)[:, None] * CHANNELS + channels[None, :]
-    mask = (tokens < n_tokens)[:, None] & (channels < CHANNELS)[None, :]
+    target = out_ptr + (image + tokens)[:, None] * map.channels + channels[None, :]
+    mask = (tokens < n_tokens)[:, None] & (channels < map.channels)[None, :]
     tl.store(target, (total * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
 

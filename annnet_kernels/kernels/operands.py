@@ -1,7 +1,7 @@
 """Maps and tokens as kernel arguments, and how a kernel reads and writes them by strides.
 
-Triton specialises every stride on 1 and on divisibility by 16, so a compiled variant depends on layout and alignment;
-sizes go apart from these tuples and are not specialised.
+Triton specialises every integer in these tuples on 1 and on divisibility by 16, so a compiled variant depends on
+layout and alignment. The size of the image stays outside of them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ class Map(NamedTuple):
     """A (B, C, H, W) tensor. ``row_stride`` is None where one stride leads through all pixels."""
 
     pointer: Any
+    channels: Any
     batch_stride: Any
     channel_stride: Any
     pixel_stride: Any
@@ -28,6 +29,8 @@ class Tokens(NamedTuple):
     """A (B, C, T) tensor."""
 
     pointer: Any
+    channels: Any
+    count: Any
     batch_stride: Any
     channel_stride: Any
     token_stride: Any
@@ -42,20 +45,32 @@ class Norm(NamedTuple):
     bias: Any
 
 
+class Chunk(NamedTuple):
+    """How channels are walked, constexpr: ``size`` at a time, ``masked`` where that does not divide their count."""
+
+    size: Any
+    masked: Any
+
+
 def map_argument(x: Tensor) -> Map:
     """``x`` as a kernel argument."""
     batch, channel, row, column = x.stride()
-    height, width = x.shape[2:]
+    channels, height, width = x.shape[1:]
     if height == 1 or row == width * column:
-        return Map(x, batch, channel, column, None)
+        return Map(x, channels, batch, channel, column, None)
     if width == 1:
-        return Map(x, batch, channel, row, None)
-    return Map(x, batch, channel, column, row)
+        return Map(x, channels, batch, channel, row, None)
+    return Map(x, channels, batch, channel, column, row)
 
 
 def tokens_argument(x: Tensor) -> Tokens:
     """``x`` as a kernel argument."""
-    return Tokens(x, *x.stride())
+    return Tokens(x, *x.shape[1:], *x.stride())
+
+
+def chunk_argument(channels: int, size: int) -> Chunk:
+    """``channels`` walked ``size`` at a time."""
+    return Chunk(tl.constexpr(size), tl.constexpr(channels % size != 0))
 
 
 def pixel_multiple(pixels: int, maps: Sequence[Map | None]) -> int:
@@ -67,9 +82,13 @@ def pixel_multiple(pixels: int, maps: Sequence[Map | None]) -> int:
     return 16 if side_by_side and pixels % 16 == 0 else 1
 
 
+# Offsets are 64-bit throughout: 32-bit ones within a tile cost registers instead of saving them (forward, bfloat16,
+# sm_90: 128 against 113), since the compiler cannot fold their extension.
+
+
 @triton.jit
 def pixel_pointers(map, batch, first, width, BLOCK_PIXELS: tl.constexpr):
-    """Pointers (BLOCK_PIXELS,) to the first channel of consecutive pixels of one image. 64-bit offsets."""
+    """Pointers (BLOCK_PIXELS,) to the first channel of consecutive pixels of one image."""
     pixels = first + tl.arange(0, BLOCK_PIXELS)
     image = map.pointer + batch * map.batch_stride
     if map.row_stride is None:
@@ -80,26 +99,26 @@ def pixel_pointers(map, batch, first, width, BLOCK_PIXELS: tl.constexpr):
 
 
 @triton.jit
-def _tile(map, pixels, inside, first, CHANNELS: tl.constexpr, CHUNK: tl.constexpr):
-    """Pointers and mask (pixels, CHUNK) of a map from channel ``first`` on."""
-    channels = first + tl.arange(0, CHUNK)
+def _map_tile(map, pixels, inside, first, chunk):
+    """Pointers and mask (pixels, chunk) of a map from channel ``first`` on."""
+    channels = first + tl.arange(0, chunk.size)
     mask = inside[:, None]
-    if CHANNELS % CHUNK != 0:
-        mask = mask & (channels < CHANNELS)[None, :]
+    if chunk.masked:
+        mask = mask & (channels < map.channels)[None, :]
     return pixels[:, None] + (channels.to(tl.int64) * map.channel_stride)[None, :], mask
 
 
 @triton.jit
-def load_map(map, norm, pixels, inside, first, CHANNELS: tl.constexpr, CHUNK: tl.constexpr):
-    """(pixels, CHUNK) from channel ``first`` on, zero outside; normalised and rectified where ``norm`` is given.
+def load_map(map, norm, pixels, inside, first, chunk):
+    """(pixels, chunk) from channel ``first`` on, zero outside; normalised and rectified where ``norm`` is given.
 
     ``pixels`` are the map's pixel pointers, ``inside`` says which of them exist.
     """
-    pointers, mask = _tile(map, pixels, inside, first, CHANNELS, CHUNK)
+    pointers, mask = _map_tile(map, pixels, inside, first, chunk)
     values = tl.load(pointers, mask=mask, other=0.0)
     if norm is not None:
-        channels = first + tl.arange(0, CHUNK)
-        exists = channels < CHANNELS
+        channels = first + tl.arange(0, chunk.size)
+        exists = channels < map.channels
         mean = tl.load(norm.mean + channels, mask=exists, other=0.0)
         invstd = tl.load(norm.invstd + channels, mask=exists, other=0.0)
         weight = tl.load(norm.weight + channels, mask=exists, other=0.0)
@@ -111,22 +130,20 @@ def load_map(map, norm, pixels, inside, first, CHANNELS: tl.constexpr, CHUNK: tl
 
 
 @triton.jit
-def store_map(map, values, pixels, inside, first, CHANNELS: tl.constexpr, CHUNK: tl.constexpr):
-    """Write (pixels, CHUNK) values in the dtype of the map."""
-    pointers, mask = _tile(map, pixels, inside, first, CHANNELS, CHUNK)
+def store_map(map, values, pixels, inside, first, chunk):
+    """Write (pixels, chunk) values in the dtype of the map."""
+    pointers, mask = _map_tile(map, pixels, inside, first, chunk)
     tl.store(pointers, values.to(map.pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_tokens(
-    tokens, batch, first_token, n_tokens, first, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_TOKENS: tl.constexpr
-):
-    """(BLOCK_TOKENS, CHUNK) of the tokens of one image, zero beyond the last token and channel."""
+def load_tokens(tokens, batch, first_token, first, chunk, BLOCK_TOKENS: tl.constexpr):
+    """(BLOCK_TOKENS, chunk) of the tokens of one image, zero beyond the last token and channel."""
     rows = first_token + tl.arange(0, BLOCK_TOKENS)
-    channels = first + tl.arange(0, CHUNK)
-    mask = (rows < n_tokens)[:, None]
-    if CHANNELS % CHUNK != 0:
-        mask = mask & (channels < CHANNELS)[None, :]
+    channels = first + tl.arange(0, chunk.size)
+    mask = (rows < tokens.count)[:, None]
+    if chunk.masked:
+        mask = mask & (channels < tokens.channels)[None, :]
     row_offsets = rows.to(tl.int64) * tokens.token_stride
     channel_offsets = channels.to(tl.int64) * tokens.channel_stride
     image = tokens.pointer + batch * tokens.batch_stride

@@ -6,11 +6,15 @@ products, and the shared memory of the architecture.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 # Attention
+
+_FMA_REGISTERS = 255
+"""Left to itself, ptxas holds some float32 kernels without tensor cores to 80 or 128 registers and spills the rest."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class AttentionTile:
     value_chunk: int
     warps: int
     stages: int
+    max_registers: int | None
 
 
 def attention_tile(
@@ -31,12 +36,15 @@ def attention_tile(
     tokens: int,
     dtype: torch.dtype,
     precision: str,
+    backward: bool,
+    capability: tuple[int, int],
     shared_memory: int,
 ) -> AttentionTile:
     """Tile of the kernels that own a block of pixels.
 
     Args:
         precision: ``"tf32"`` or ``"ieee"``; the latter keeps float32 away from tensor cores.
+        backward: whether logits and their gradients are held at once.
         shared_memory: bytes that one block may use.
     """
     # More than 128 tokens are walked in blocks; 64 spare the small pyramids half of the padding.
@@ -45,14 +53,17 @@ def attention_tile(
         # 128 pixels × 128 tokens fill 64 registers per thread with logits; chunks of 256 spill. A third stage hides
         # more latency where there is memory for it.
         widest, pixels, stages = 64, 128, 3 if shared_memory > 128 * 1024 else 2
+        if backward and capability[0] not in (9, 10):
+            # Operands of warp-level matrix instructions pass through registers: 128 pixels spill.
+            pixels = 64
     elif precision == "tf32":
-        widest, pixels, stages = 32, 128, 2
+        widest, pixels, stages = 32, 64 if backward else 128, 2
     else:
         # Without tensor cores a product is unrolled into fused multiply-adds: short chunks keep the operands few.
-        widest, pixels, stages = 16, 64, 2
-    return AttentionTile(
-        pixels, block_tokens, channel_chunk(key_channels, widest), channel_chunk(value_channels, widest), 8, stages
-    )
+        widest, pixels, stages = 16, 32 if backward else 64, 2
+    registers = _FMA_REGISTERS if dtype == torch.float32 and precision == "ieee" else None
+    key_chunk, value_chunk = channel_chunk(key_channels, widest), channel_chunk(value_channels, widest)
+    return AttentionTile(pixels, block_tokens, key_chunk, value_chunk, 8, stages, registers)
 
 
 def channel_chunk(channels: int, widest: int) -> int:
@@ -72,6 +83,7 @@ class TokenGradientTile:
     chunk: int
     warps: int
     stages: int
+    max_registers: int | None
 
 
 def token_gradient_tile(
@@ -81,12 +93,12 @@ def token_gradient_tile(
     block_tokens = 64 if tokens <= 64 else 128
     if dtype.itemsize == 2:
         # A column chunk of 128 reads the probabilities once per 128 channels; 64 pixels × 3 stages are 96 KiB.
-        return TokenGradientTile(
-            64, block_tokens, channel_chunk(channels, 128), 8, 3 if shared_memory > 128 * 1024 else 2
-        )
+        stages = 3 if shared_memory > 128 * 1024 else 2
+        return TokenGradientTile(64, block_tokens, channel_chunk(channels, 128), 8, stages, None)
+    chunk = channel_chunk(channels, 64)
     if precision == "tf32":
-        return TokenGradientTile(32, block_tokens, channel_chunk(channels, 64), 8, 2)
-    return TokenGradientTile(16, block_tokens, channel_chunk(channels, 64), 8, 2)
+        return TokenGradientTile(32, block_tokens, chunk, 8, 2, None)
+    return TokenGradientTile(16, block_tokens, chunk, 8, 2, _FMA_REGISTERS)
 
 
 def pixel_splits(pixels: int, programs: int, multiprocessors: int, block_pixels: int) -> int:
@@ -95,3 +107,61 @@ def pixel_splits(pixels: int, programs: int, multiprocessors: int, block_pixels:
     A part has at least four blocks: its partial sums are written and read once more.
     """
     return max(1, min(multiprocessors // programs, pixels // (4 * block_pixels)))
+
+
+# Pooling
+
+
+@dataclass(frozen=True)
+class PoolTile:
+    """One program's block: ``channels`` × ``columns`` of a map, walked down the rows."""
+
+    channels: int
+    columns: int
+    warps: int
+    stages: int
+    rows_ahead: int
+
+
+def pool_tile(inner: str, vector: int, dtype: torch.dtype, light: bool) -> PoolTile:
+    """Tile of the kernels that walk down a map.
+
+    Args:
+        inner: the dimension that lies side by side in memory: ``"channels"``, ``"columns"`` or ``"none"``.
+        vector: elements that one load may take, 1 where the layout is not aligned.
+        light: whether the kernel keeps no vector per channel beside the accumulators of the levels.
+    """
+    if vector > 1:
+        # Asynchronous copies into four spare rows of shared memory keep about 32 KiB per multiprocessor under way.
+        # 64 channels are 128 bytes in 16 bits; with more than 8 elements per thread the accumulators leave room for
+        # one program per multiprocessor only.
+        if inner == "channels":
+            wide = light and dtype.itemsize == 2
+            return PoolTile(64, 32 if wide else 16, 8 if wide else 4, 5, 0)
+        return PoolTile(32, 64, 8, 5, 0) if dtype.itemsize == 2 else PoolTile(32, 32, 4, 5, 0)
+    channels, columns = (64, 16) if inner == "channels" else (16, 64)
+    # Asynchronous copies take at least 4 bytes: 16-bit elements at odd offsets are loaded ahead into registers.
+    return PoolTile(channels, columns, 8, 5, 0) if dtype.itemsize == 4 else PoolTile(channels, columns, 8, 1, 4)
+
+
+def pool_tile_columns(width: int, columns: int, multiple: int) -> int:
+    """Columns per tile, as even as ``multiple`` allows."""
+    tiles = -(-width // columns)
+    return -(-width // (tiles * multiple)) * multiple
+
+
+def pool_split_rows(height: int, programs: int, multiprocessors: int, least: int) -> int:
+    """Rows per split: at least ``least``, and so few that ``programs`` per split give every multiprocessor eight.
+
+    Two to four run at a time; the rest evens out the load.
+    """
+    splits = max(1, -(-8 * multiprocessors // programs))
+    return min(height, max(least, -(-height // splits)))
+
+
+def least_pool_rows(width: int, widths: Sequence[int], dtype: torch.dtype) -> int:
+    """Rows of a forward split below which its cut costs more than 5 % of the reading of the map.
+
+    A cut crosses one row bin per level and gives each of its tokens one more partial sum, written and read in float32.
+    """
+    return max(8, -(-160 * sum(widths) // (width * dtype.itemsize)))

@@ -1,0 +1,187 @@
+"""Compile every Triton kernel that the package can launch, without a GPU, and read the machine code.
+
+    python -m benchmarks.codegen [--json FILE] [--arch 90 ...] [--kernel NAME] [--jobs N]
+
+The kernel modules say what they launch (``launch_variants``, see ``annnet_kernels/kernels/launch.py``); Triton's own
+binder specialises the arguments as a launch would. Exit code 1 on a spill, on a 16-bit product without tensor-core
+instructions, or on more shared memory than a block may use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from annnet_kernels.kernels.launch import Device, Launch
+
+MODULES = ("asymmetric_attention", "pyramid_pool")
+
+DEVICES = {
+    80: Device((8, 0), 108),
+    86: Device((8, 6), 84),
+    89: Device((8, 9), 128),
+    90: Device((9, 0), 132),
+    100: Device((10, 0), 148),
+    120: Device((12, 0), 170),
+}
+"""One GPU per architecture: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090 (multiprocessors of the full product)."""
+
+_TENSOR_CORE = re.compile(r"\b(?:[HIQ]G?MMA|UTC\w*MMA)\b|\b(?:[HQ]G?MMA|UTC\w*MMA)\.")
+_ASYNC_COPY = re.compile(r"\b(?:LDGSTS|UBLKCP|UTMALDG)")
+_SPILL = re.compile(r"\b(?:STL|LDL)(?:\.\w+)*\b")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel became on one architecture."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    layout: str
+    config: dict[str, Any]
+    registers: int
+    spills: int
+    shared_bytes: int
+    tensor_core: int
+    async_copies: int
+    fault: str | None
+
+
+def specialise(launch: Launch, arch: int) -> tuple[Any, dict[str, Any], str]:
+    """What Triton would compile for ``launch``: source, options, and the key under which it would keep the result."""
+    kernel, backend = launch.kernel, make_backend(GPUTarget("cuda", arch, 32))
+    options = launch.options
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialisation, _ = binder(**launch.arguments, **options)
+    parsed, signature, constexprs, attributes = kernel._pack_args(backend, options, bound, specialisation, None)
+    key = f"{kernel.__name__} {specialisation} {options}"
+    return ASTSource(kernel, signature, constexprs, attributes), parsed.__dict__, key
+
+
+def variants(arch: int, modules: Sequence[str] = MODULES) -> Iterator[tuple[str, str, Launch]]:
+    """(dtype, layout, launch) of all launches that differ in compiled code on ``arch``."""
+    seen: set[str] = set()
+    for name in modules:
+        module = importlib.import_module(f"annnet_kernels.kernels.{name}")
+        for dtype, layout, launch in module.launch_variants(DEVICES[arch]):
+            *_, key = specialise(launch, arch)
+            if key not in seen:
+                seen.add(key)
+                yield dtype, layout, launch
+
+
+def _constants(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The constexpr arguments, those inside of tuples as ``tuple.field``."""
+    for name, value in arguments.items():
+        if name.isupper():
+            yield name, value
+        elif isinstance(value, tuple):
+            fields = getattr(value, "_fields", map(str, range(len(value))))
+            yield from (
+                (f"{name}.{field}", v.value)
+                for field, v in zip(fields, value, strict=True)
+                if isinstance(v, tl.constexpr)
+            )
+
+
+def compile_row(dtype: str, layout: str, launch: Launch, arch: int) -> Row:
+    """Compile one launch for ``arch`` and read the result."""
+    source, options, _ = specialise(launch, arch)
+    config = launch.options | dict(_constants(launch.arguments))
+    label = (launch.kernel.__name__, arch, dtype, layout, config)
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    except Exception as error:
+        return Row(*label, 0, 0, 0, 0, 0, f"does not compile: {type(error).__name__}: {str(error)[:300]}")
+    machine_code, registers, stack = _disassemble(compiled.asm["cubin"])
+    # The stack holds spilled registers; a kernel without local arrays has no other use for it.
+    spills = max(len(_SPILL.findall(machine_code)), stack)
+    shared = compiled.metadata.shared
+    tensor_core = len(_TENSOR_CORE.findall(machine_code))
+    fault = None
+    if spills:
+        fault = f"spills ({stack} bytes of stack)"
+    elif "tt.dot" in compiled.asm["ttir"] and dtype in ("bfloat16", "float16") and not tensor_core:
+        fault = "no tensor-core instruction"
+    elif shared > DEVICES[arch].shared_memory:
+        fault = f"{shared} bytes of shared memory, {DEVICES[arch].shared_memory} allowed"
+    return Row(*label, registers, spills, shared, tensor_core, len(_ASYNC_COPY.findall(machine_code)), fault)
+
+
+def _disassemble(cubin: bytes) -> tuple[str, int, int]:
+    """Machine code, registers per thread and stack bytes of the one kernel in ``cubin``."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = [tool, "--dump-sass", "--dump-resource-usage", file.name]
+        text = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert usage is not None, text[:500]
+    return text, int(usage[1]), int(usage[2])
+
+
+def _compile_nth(arch: int, modules: Sequence[str], kernel: str, worker: int, workers: int) -> list[Row]:
+    """Every ``workers``-th variant of ``arch``: launches hold tensors and kernels, so workers make their own."""
+    chosen = [v for v in variants(arch, modules) if kernel in v[2].kernel.__name__]
+    return [compile_row(*v, arch) for v in chosen[worker::workers]]
+
+
+def table(archs: Iterable[int], modules: Sequence[str], kernel: str, jobs: int) -> Iterator[Row]:
+    """All rows of ``archs``, compiled by ``jobs`` processes."""
+    with ProcessPoolExecutor(jobs) as pool:
+        parts = 8 * jobs
+        futures = [pool.submit(_compile_nth, arch, modules, kernel, n, parts) for arch in archs for n in range(parts)]
+        for future in futures:
+            yield from future.result()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--arch", type=int, nargs="+", choices=DEVICES, default=list(DEVICES), help="architectures")
+    parser.add_argument("--module", nargs="+", choices=MODULES, default=list(MODULES), help="kernel modules")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    options = parser.parse_args(arguments)
+    rows = []
+    for row in table(options.arch, options.module, options.kernel, options.jobs):
+        rows.append(row)
+        print(format_row(row), flush=True)
+    faults = [row for row in rows if row.fault]
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    print(f"{len(rows)} compilations, {len(faults)} faults")
+    for row in faults:
+        print(f"{format_row(row)}: {row.fault}\n    {row.config}")
+    return 1 if faults or not rows else 0
+
+
+def format_row(row: Row) -> str:
+    return (
+        f"sm_{row.arch:<3} {row.kernel:42} {row.dtype:9} {row.layout:34} {row.registers:3} registers "
+        f"{row.spills:4} spills {row.shared_bytes:6} B shared {row.tensor_core:4} tensor-core "
+        f"{row.async_copies:3} async copies"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
