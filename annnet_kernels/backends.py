@@ -113,12 +113,12 @@ def _capability(device_index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device_index)
 
 
-def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why ``backend`` cannot serve tensors of ``dtype`` on ``device``; None if it can."""
+def why_not(backend: str, operator: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``backend`` cannot serve ``operator`` for tensors of ``dtype`` on ``device``; None if it can."""
     if backend == "reference":
         return None
     if backend == "native":
-        return native.why_not(device.type)
+        return native.why_not(device.type, operator)
     if not _has_triton():
         return "the package triton is not installed"
     if dtype == torch.float64:
@@ -142,13 +142,13 @@ def choose_backend(operator: str, device: torch.device, dtype: torch.dtype, requ
         RuntimeError: if ``requested`` cannot run here, with the reason.
     """
     if requested is not None:
-        reason = why_not(requested, device, dtype)
+        reason = why_not(requested, operator, device, dtype)
         if reason is not None:
             raise RuntimeError(f"{operator}: the requested backend {requested!r} cannot run: {reason}")
         backend = requested
     else:
         for backend in _PREFERENCE.get(device.type, ("reference",)):
-            reason = why_not(backend, device, dtype)
+            reason = why_not(backend, operator, device, dtype)
             if reason is None:
                 break
             _logger.debug("%s: not served by %s: %s", operator, backend, reason)

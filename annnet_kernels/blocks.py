@@ -106,14 +106,14 @@ def published_parts(block: PlainAFNB | PlainAPNB) -> Parts:
     pooling = cast(PyramidPooling, stage.psp)
     query = _published_projection(stage.f_query)
     key = query if stage.f_key is stage.f_query else _published_projection(stage.f_key)
-    join, *tail = block.conv_bn_dropout if block.conv_bn_dropout is not None else (None,)
+    join, norm, *dropout = block.conv_bn_dropout if block.conv_bn_dropout is not None else (None, nn.Sequential())
     return Parts(
         key=key,
         query=query,
         value=stage.f_value,
         out=stage.W,
         join=cast("nn.Conv2d | None", join),
-        tail=tail,
+        tail=[*(norm if isinstance(norm, nn.Sequential) else (norm,)), *dropout],
         pools=cast("list[nn.AdaptiveAvgPool2d]", list(pooling.stages)),
         containers=_containers(block, stage, pooling),
     )
@@ -121,8 +121,11 @@ def published_parts(block: PlainAFNB | PlainAPNB) -> Parts:
 
 def _containers(block: PlainAFNB | PlainAPNB, stage: AttentionStage, pooling: PyramidPooling) -> list[nn.Module]:
     """The modules whose forward only calls others; the collapse calls those directly."""
-    projections = (stage.f_key, stage.f_key[1], stage.f_query, stage.f_query[1])
-    return [stage, pooling, *projections] + ([block.conv_bn_dropout] if block.conv_bn_dropout is not None else [])
+    containers = [stage, pooling, stage.f_key, stage.f_key[1], stage.f_query, stage.f_query[1]]
+    if block.conv_bn_dropout is not None:
+        containers.append(block.conv_bn_dropout)
+        containers += [m for m in block.conv_bn_dropout if isinstance(m, nn.Sequential)]
+    return containers
 
 
 def _published_projection(module: nn.Module) -> Projection:

@@ -25,6 +25,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .functional import asymmetric_attention, pyramid_pool
+from .normalization import (
+    FUSABLE_NORMS,
+    Normalization,
+    apply_tail,
+    attend_rectified,
+    normalization,
+    pool_rectified,
+    uses_batch_statistics,
+)
 
 
 class Projection(NamedTuple):
@@ -49,66 +58,82 @@ class Parts(NamedTuple):
 
     @property
     def pool_sizes(self) -> list[tuple[int, int]]:
-        return [cast("tuple[int, int]", pool.output_size) for pool in self.pools]
+        sizes = [pool.output_size for pool in self.pools]
+        return [cast("tuple[int, int]", size if isinstance(size, tuple) else (size, size)) for size in sizes]
 
 
 def collapsed_forward(parts: Parts, low: Tensor, high: Tensor) -> Tensor:
     """The block's output (B, C_out, H, W) from low (B, C_l, H_l, W_l) and high (B, C_h, H, W)."""
-    if parts.key is parts.query:
-        query = _project(parts.query, high, calls=2)
-        key = pyramid_pool(query, parts.pool_sizes)
-    else:
-        query = _project(parts.query, high, calls=1)
-        key = pyramid_pool(_project(parts.key, low, calls=1), parts.pool_sizes)
-    value = _token_values(parts, pyramid_pool(low, parts.pool_sizes)).to(query.dtype)
+    value = _token_values(parts, pyramid_pool(low, parts.pool_sizes))
     constant = _constant(parts)
-    context = asymmetric_attention(query, key, value)
     if parts.join is None:
-        return context + constant.to(context.dtype)[:, None, None]
-    weight = parts.join.weight[:, parts.out.out_channels :]
-    out = context + F.conv2d(high, weight, constant.to(weight.dtype))
-    for module in parts.tail:
+        addend = constant[:, None, None].expand(high.shape[0], -1, *high.shape[2:])
+    else:
+        weight = parts.join.weight[:, parts.out.out_channels :]
+        addend = F.conv2d(high, weight, constant.to(weight.dtype))
+    return _finish(parts.tail, _attend(parts, low, high, value, addend))
+
+
+def _attend(parts: Parts, low: Tensor, high: Tensor, value: Tensor, addend: Tensor) -> Tensor:
+    """A U + addend, with queries from ``high`` and keys from ``low``."""
+    shared = parts.key is parts.query
+    calls = 2 if shared else 1  # in an APNB the published block projects twice
+    if not _is_fusable(parts.query):
+        query = _rectified(parts.query, high, calls)
+        tokens = pyramid_pool(query, parts.pool_sizes) if shared else _pooled_key(parts, low)
+        return asymmetric_attention(query, tokens, value.to(query.dtype)) + addend.to(query.dtype)
+    y, norm = _raw(parts.query, high, calls)
+    key = None if shared else _pooled_key(parts, low)
+    return attend_rectified(y, norm, key, value.to(y.dtype), addend.to(y.dtype), parts.pool_sizes)
+
+
+def _pooled_key(parts: Parts, low: Tensor) -> Tensor:
+    """Keys of an AFNB, (B, C_k, T)."""
+    if not _is_fusable(parts.key):
+        return pyramid_pool(_rectified(parts.key, low, calls=1), parts.pool_sizes)
+    y, norm = _raw(parts.key, low, calls=1)
+    return pool_rectified(y, norm, parts.pool_sizes)
+
+
+def _finish(tail: Sequence[nn.Module], out: Tensor) -> Tensor:
+    """Norm, activation and dropout behind the bottleneck; a batch norm and what follows it as one reader of ``out``."""
+    modules = list(tail)
+    if modules and type(modules[0]) in FUSABLE_NORMS:
+        norm = modules.pop(0)
+        relu = bool(modules) and type(modules[0]) is nn.ReLU
+        if relu:
+            modules.pop(0)
+        dropout = cast(nn.Dropout2d, modules.pop(0)) if modules and type(modules[0]) is nn.Dropout2d else None
+        out = apply_tail(out, normalization(norm, out), relu, dropout)
+    for module in modules:
         out = module(out)
     return out
 
 
-def _project(projection: Projection, x: Tensor, calls: int) -> Tensor:
-    """relu(norm(conv(x))), computed once; ``calls`` is how often the published block does it."""
-    rectified: Tensor = projection.activation(_normalise(projection.norm, projection.conv(x), calls))
-    return rectified
+def _is_fusable(projection: Projection) -> bool:
+    """Whether readers can normalise and rectify; any other norm or activation is called as the module it is."""
+    return type(projection.norm) in FUSABLE_NORMS and type(projection.activation) is nn.ReLU
 
 
-def _normalise(norm: nn.Module, y: Tensor, calls: int) -> Tensor:
-    """norm(y), leaving the running statistics of ``calls`` calls behind."""
-    out: Tensor
-    stateful = norm.training and any(True for _ in norm.buffers())
-    if calls == 1 or not stateful:
-        out = norm(y)
-        return out
-    if type(norm) is not nn.BatchNorm2d or norm.running_mean is None or norm.running_mean.dtype == torch.bfloat16:
+def _raw(projection: Projection, x: Tensor, calls: int) -> tuple[Tensor, Normalization]:
+    """The projection ahead of its batch norm, and what that norm does to it."""
+    conv, norm = projection.conv, projection.norm
+    if uses_batch_statistics(norm):  # they cancel the convolution's bias
+        y = F.conv2d(x, conv.weight)
+        return y, normalization(norm, y, shift=conv.bias, calls=calls)
+    y = F.conv2d(x, conv.weight, conv.bias)
+    return y, normalization(norm, y)
+
+
+def _rectified(projection: Projection, x: Tensor, calls: int) -> Tensor:
+    """activation(norm(conv(x))) as a map; a norm with running statistics is called as often as published."""
+    y = projection.conv(x)
+    if projection.norm.training and any(True for _ in projection.norm.buffers()):
         with torch.no_grad():
             for _ in range(calls - 1):
-                norm(y)
-        out = norm(y)
-        return out
-    # With momentum 1 the "running" statistics are the batch's own, from the pass that normalises.
-    mean, var = torch.empty_like(norm.running_mean), torch.empty_like(norm.running_mean)
-    out = F.batch_norm(y, mean.zero_(), var.zero_(), norm.weight, norm.bias, True, 1.0, norm.eps)
-    for _ in range(calls):
-        _update_running_statistics(norm, mean, var)
-    return out
-
-
-def _update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, unbiased_var: Tensor) -> None:
-    """What one training call of ``norm`` does to its buffers."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    assert norm.num_batches_tracked is not None
-    with torch.no_grad():
-        norm.num_batches_tracked.add_(1)
-        factor = 1.0 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
-        norm.running_mean.lerp_(mean, factor)
-        norm.running_var.lerp_(unbiased_var, factor)
+                projection.norm(y)
+    rectified: Tensor = projection.activation(projection.norm(y))
+    return rectified
 
 
 def _token_values(parts: Parts, pooled: Tensor) -> Tensor:
@@ -177,16 +202,17 @@ def why_plain(parts: Parts) -> str | None:
 
 
 def _skipped(parts: Parts) -> Iterator[tuple[type | None, nn.Module]]:
-    """The modules that the collapse does not call, with the class each must be (None: any container)."""
-    for conv in (parts.value, parts.out, parts.join):
+    """The modules that the collapse may not call, with the class each must be (None: any)."""
+    for conv in (parts.key.conv, parts.query.conv, parts.value, parts.out, parts.join):
         if conv is not None:
             yield nn.Conv2d, conv
     for pool in parts.pools:
         yield nn.AdaptiveAvgPool2d, pool
-    for container in parts.containers:
-        yield None, container
-    if parts.key is parts.query and type(parts.query.norm) is nn.BatchNorm2d:
-        yield nn.BatchNorm2d, parts.query.norm
+    for projection in (parts.key, parts.query):
+        yield None, projection.norm
+        yield None, projection.activation
+    for module in (*parts.containers, *parts.tail):
+        yield None, module
 
 
 def _is_pointwise(conv: nn.Conv2d) -> bool:

@@ -10,6 +10,7 @@ import importlib
 import json
 import sysconfig
 import warnings
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -50,20 +51,29 @@ def _load() -> str | None:
 _load_failure = _load()
 
 
-def why_not(device_type: str) -> str | None:
-    """Why the extension cannot serve tensors on this type of device; None if it can."""
+def why_not(device_type: str, operator: str | None = None) -> str | None:
+    """Why the extension cannot serve tensors on this type of device, or this operator on them; None if it can."""
     if _load_failure is not None:
         return _load_failure
-    if device_type == "cpu" or (device_type == "cuda" and has_cuda_kernels()):
-        return None
-    if device_type == "cuda":
-        return "the extension was built without its CUDA part"
-    return f"the extension has no kernels for {device_type} tensors"
+    if device_type not in _parts():
+        return f"the extension was built without kernels for {device_type} tensors"
+    if operator is not None and not _has_kernel(operator, device_type.upper()):
+        return f"the extension has no {operator} for {device_type} tensors"
+    return None
 
 
-def has_cuda_kernels() -> bool:
-    """Whether the loaded extension holds the CUDA kernels."""
-    return _load_failure is None and "cuda" in importlib.import_module("annnet_kernels._C").parts()
+@cache
+def _parts() -> tuple[str, ...]:
+    parts: tuple[str, ...] = importlib.import_module("annnet_kernels._C").parts()
+    return parts
+
+
+@cache
+def _has_kernel(operator: str, dispatch_key: str) -> bool:
+    name = f"annnet_native::{operator}"
+    return hasattr(torch.ops.annnet_native, operator) and torch._C._dispatch_has_kernel_for_dispatch_key(
+        name, dispatch_key
+    )
 
 
 def cpu_level() -> str | None:

@@ -220,6 +220,7 @@ def test_maps_smaller_than_the_pyramid(kind, size):
 # --------------------------------------------------------------------------------------------- rounding, in every dtype
 
 SEEDS = 9
+SEEDS_16_BIT = 25
 PRECISIONS = {
     "float32": (torch.float32, nullcontext),
     "bfloat16": (torch.bfloat16, nullcontext),
@@ -254,7 +255,7 @@ def test_as_accurate_as_plain(kind, precision, layout, bottleneck):
                     del found[name]
         return got, baseline, expected
 
-    assert_as_accurate_as_plain(run, computed, seeds=SEEDS)
+    assert_as_accurate_as_plain(run, computed, seeds=SEEDS if computed == torch.float32 else SEEDS_16_BIT)
     assert len(zero_gradients) >= SEEDS  # at least one per draw: the convolution bias ahead of a batch norm
     medians = {}
     for name, mine, theirs, weight in zero_gradients:

@@ -1,7 +1,17 @@
 """The operators ``annnet::*``: one file each for schema, fake, autograd Function, vmap rule and FLOP formula."""
 
-from . import batch_norm
+from . import batch_norm, bn_relu_attention, bn_relu_pool
 from .asymmetric_attention import AsymmetricAttention
+from .normalized import NormalizedAttention, NormalizedPool, NormalizedTail
 from .pyramid_pool import PyramidPool
 
-__all__ = ["AsymmetricAttention", "PyramidPool", "batch_norm"]
+__all__ = [
+    "AsymmetricAttention",
+    "NormalizedAttention",
+    "NormalizedPool",
+    "NormalizedTail",
+    "PyramidPool",
+    "batch_norm",
+    "bn_relu_attention",
+    "bn_relu_pool",
+]

@@ -72,13 +72,15 @@ def _vmap_bwd(
     return _unfold(info, torch.ops.annnet.asymmetric_attention_bwd(*folded, *constants))
 
 
-def _flops(query_shape: Sequence[int], key_shape: Sequence[int], value_shape: Sequence[int], *_: Any, **__: Any) -> int:
+def attention_flops(
+    query_shape: Sequence[int], key_shape: Sequence[int], value_shape: Sequence[int], *_: Any, **__: Any
+) -> int:
     """QKᵀ and AV."""
     batch, height, width = query_shape[0], *query_shape[2:]
     return 2 * batch * height * width * key_shape[2] * (key_shape[1] + value_shape[1])
 
 
-def _flops_bwd(
+def attention_bwd_flops(
     grad_shape: Sequence[int],
     query_shape: Sequence[int],
     key_shape: Sequence[int],
@@ -104,7 +106,7 @@ _route = register(
     reference=reference.asymmetric_attention_out,
     triton_module="asymmetric_attention",
     vmap=_vmap,
-    flops=_flops,
+    flops=attention_flops,
 )
 _route_bwd = register(
     "asymmetric_attention_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor logsumexp, float scale,"
@@ -113,7 +115,7 @@ _route_bwd = register(
     reference=reference.asymmetric_attention_bwd_out,
     triton_module="asymmetric_attention",
     vmap=_vmap_bwd,
-    flops=_flops_bwd,
+    flops=attention_bwd_flops,
 )
 
 

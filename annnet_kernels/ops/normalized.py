@@ -1,0 +1,188 @@
+"""Readers of a normalised map that is never written: pooling, attention and the block's tail.
+
+Each Function takes the raw map y and the vectors of z = (y − mean) · invstd · weight + bias, keeps y, and
+differentiates through batch statistics: one pass over y for their sums, one that writes dy once. ``mean`` and
+``invstd`` get no gradient of their own: what would flow through them is part of dy. ``shift`` is the bias of the
+convolution ahead, which batch statistics cancel; its gradient is zero, not absent, so that optimizers and DDP see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Gradients = tuple[Any, ...]
+
+
+def _mean_sums(sums: Tensor, samples: int | Tensor | None, group: Any) -> Tensor | None:
+    """What the backward of batch statistics subtracts; nothing where the statistics were running ones."""
+    if samples is None:
+        return None
+    if group is not None:
+        sums = sums.clone()
+        dist.all_reduce(sums, group=group)
+    return sums / samples
+
+
+def _zeros_like(shift: Tensor | None) -> Tensor | None:
+    return None if shift is None else torch.zeros_like(shift)
+
+
+class NormalizedPool(torch.autograd.Function):
+    """pyramid_pool(relu(z)): y (B, C, H, W) → (B, C, T)."""
+
+    @staticmethod
+    def forward(
+        y: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        shift: Tensor | None,
+        samples: int | Tensor | None,
+        group: Any,
+        heights: list[int],
+        widths: list[int],
+        backend: str | None,
+    ) -> Tensor:
+        tokens: Tensor = torch.ops.annnet.pyramid_pool_bn_relu(y, mean, invstd, weight, bias, heights, widths)
+        return tokens
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        y, mean, invstd, weight, bias, ctx.shift, ctx.samples, ctx.group, *ctx.constants = inputs
+        ctx.save_for_backward(y, mean, invstd, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        dy, dweight, dbias = _rectified_backward(ctx.saved_tensors, grad, None, ctx.samples, ctx.group, *ctx.constants)
+        # mean, invstd; samples, group, heights, widths, backend
+        return dy, None, None, dweight, dbias, _zeros_like(ctx.shift), None, None, None, None, None
+
+
+class NormalizedAttention(torch.autograd.Function):
+    """softmax(scale · relu(z) Kᵀ) V + addend: y (B, Ck, H, W) → (B, Cv, H, W).
+
+    Keys are given, or, with ``key=None``, pooled from the same map, as in an APNB: then one raw map serves both and
+    its gradient is written once with both contributions.
+    """
+
+    @staticmethod
+    def forward(
+        y: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        shift: Tensor | None,
+        key: Tensor | None,
+        value: Tensor,
+        addend: Tensor | None,
+        samples: int | Tensor | None,
+        group: Any,
+        scale: float,
+        heights: list[int],
+        widths: list[int],
+        backend: str | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        vectors = mean, invstd, weight, bias
+        if key is None:
+            key = torch.ops.annnet.pyramid_pool_bn_relu(y, *vectors, heights, widths)
+        out, logsumexp = torch.ops.annnet.asymmetric_attention_bn_relu(y, *vectors, key, value, addend, scale)
+        return out, logsumexp, key
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        y, mean, invstd, weight, bias, ctx.shift, key, value, _, ctx.samples, ctx.group, ctx.scale, *constants = inputs
+        ctx.constants = constants
+        ctx.shared = key is None
+        _, logsumexp, used_key = output
+        ctx.mark_non_differentiable(logsumexp, used_key)
+        ctx.save_for_backward(y, mean, invstd, weight, bias, used_key, value, logsumexp)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Gradients:
+        y, mean, invstd, weight, bias, key, value, logsumexp = ctx.saved_tensors
+        vectors = mean, invstd, weight, bias
+        needs_y = any(ctx.needs_input_grad[i] for i in (0, 3, 4))
+        needs = [needs_y, (ctx.shared and needs_y) or ctx.needs_input_grad[6], ctx.needs_input_grad[7]]
+        dz, dkey, dvalue = torch.ops.annnet.asymmetric_attention_bn_relu_bwd(
+            grad, y, *vectors, key, value, logsumexp, ctx.scale, needs, ctx.constants[-1]
+        )
+        dy = dweight = dbias = None
+        if needs_y:
+            tokens = dkey if ctx.shared else None
+            dy, dweight, dbias = _rectified_backward((y, *vectors), tokens, dz, ctx.samples, ctx.group, *ctx.constants)
+        return (
+            dy,
+            None,  # mean
+            None,  # invstd
+            dweight,
+            dbias,
+            _zeros_like(ctx.shift),
+            None if ctx.shared or not needs[1] else dkey,
+            dvalue if needs[2] else None,
+            grad if ctx.needs_input_grad[8] else None,  # addend
+            *(None,) * 6,  # samples, group, scale, heights, widths, backend
+        )
+
+
+def _rectified_backward(
+    saved: Sequence[Tensor],
+    grad_tokens: Tensor | None,
+    grad_map: Tensor | None,
+    samples: int | Tensor | None,
+    group: Any,
+    heights: list[int],
+    widths: list[int],
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dy, dweight and dbias of relu(z) whose gradient is ``grad_map`` plus the spread ``grad_tokens``."""
+    bwd = torch.ops.annnet
+    sums = bwd.bn_relu_bwd_sums(*saved, grad_tokens, grad_map, heights, widths, backend)
+    mean_sums = _mean_sums(sums, samples, group)
+    dy = bwd.bn_relu_bwd_input(*saved, grad_tokens, grad_map, mean_sums, heights, widths, backend)
+    return dy, sums[1], sums[0]
+
+
+class NormalizedTail(torch.autograd.Function):
+    """channel_scale · relu(z), or without ReLU; ``channel_scale`` (B, C) is what Dropout2d multiplies by."""
+
+    @staticmethod
+    def forward(
+        y: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        shift: Tensor | None,
+        channel_scale: Tensor | None,
+        relu: bool,
+        samples: int | Tensor | None,
+        group: Any,
+        backend: str | None,
+    ) -> Tensor:
+        out: Tensor = torch.ops.annnet.batch_norm_apply(y, mean, invstd, weight, bias, channel_scale, relu)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        y, mean, invstd, weight, bias, ctx.shift, channel_scale, ctx.relu, ctx.samples, ctx.group, ctx.backend = inputs
+        ctx.save_for_backward(y, mean, invstd, weight, bias, channel_scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        saved = ctx.saved_tensors
+        sums = torch.ops.annnet.batch_norm_bwd_sums(grad, *saved, ctx.relu, ctx.backend)
+        mean_sums = _mean_sums(sums, ctx.samples, ctx.group)
+        dy = torch.ops.annnet.batch_norm_bwd_input(grad, *saved, ctx.relu, mean_sums, ctx.backend)
+        # mean, invstd; channel_scale, relu, samples, group, backend
+        return dy, None, None, sums[1], sums[0], _zeros_like(ctx.shift), None, None, None, None, None

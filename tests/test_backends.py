@@ -1,0 +1,180 @@
+"""use_backend: who wins, what is refused, what is recorded."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import annnet_kernels as ak
+from annnet_kernels import backends, native
+
+
+def pool(x=None):
+    ak.pyramid_pool(torch.randn(1, 3, 9, 9) if x is None else x)
+    return ak.last_backend("pyramid_pool")
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+DEFAULT_ON_CPU = "native" if native.why_not("cpu") is None else "reference"
+
+
+def test_the_device_chooses_by_default():
+    assert pool() == DEFAULT_ON_CPU
+
+
+def test_the_inner_request_wins_and_leaving_restores_the_outer():
+    with ak.use_backend("reference"):
+        assert pool() == "reference"
+        with ak.use_backend(None):
+            assert pool() == DEFAULT_ON_CPU
+        assert pool() == "reference"
+    assert pool() == DEFAULT_ON_CPU
+
+
+def test_one_object_can_be_entered_twice():
+    request = ak.use_backend("reference")
+    with request, request:
+        assert pool() == "reference"
+    assert backends.requested_backend() is None
+
+
+def test_an_error_inside_still_restores():
+    with pytest.raises(KeyError), ak.use_backend("reference"):
+        raise KeyError
+    assert backends.requested_backend() is None
+
+
+def test_a_request_is_per_thread():
+    seen = []
+    with ak.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(backends.requested_backend()))
+        thread.start()
+        thread.join()
+    assert seen == [None]
+
+
+def test_a_backward_uses_the_backend_of_its_forward():
+    x = torch.randn(1, 3, 9, 9, requires_grad=True)
+    with ak.use_backend("reference"):
+        pooled = ak.pyramid_pool(x)
+        out = ak.asymmetric_attention(x, pooled, pooled)
+    with ak.use_backend(None):
+        out.sum().backward()
+    assert ak.last_backend("pyramid_pool_bwd") == "reference"
+    assert ak.last_backend("asymmetric_attention_bwd") == "reference"
+    ak.pyramid_pool(x).sum().backward()
+    assert ak.last_backend("pyramid_pool_bwd") == DEFAULT_ON_CPU
+
+
+def test_compiled_code_follows_the_request_around_its_call():
+    torch._dynamo.reset()
+    compiled = torch.compile(ak.pyramid_pool, fullgraph=True, backend="aot_eager")
+    for backend in ("reference", None):
+        x = torch.randn(1, 3, 9, 9, requires_grad=True)
+        with ak.use_backend(backend):
+            pooled = compiled(x)
+        pooled.sum().backward()
+        expected = backend or DEFAULT_ON_CPU
+        assert ak.last_backend("pyramid_pool") == expected
+        assert ak.last_backend("pyramid_pool_bwd") == expected
+
+
+def test_the_bare_operator_follows_the_request():
+    with ak.use_backend("reference"):
+        torch.ops.annnet.pyramid_pool(torch.randn(1, 3, 9, 9), [1, 3], [1, 3])
+    assert ak.last_backend("pyramid_pool") == "reference"
+
+
+def test_an_unknown_name_is_refused_at_once():
+    with pytest.raises(ValueError, match="backend: expected one of triton, native, reference or None, got 'cuda'"):
+        ak.use_backend("cuda")
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs Triton on a CPU")
+def test_a_request_that_cannot_run_says_why():
+    with (
+        ak.use_backend("triton"),
+        pytest.raises(
+            RuntimeError, match=r"pyramid_pool: the requested backend 'triton' cannot run: .*TRITON_INTERPRET"
+        ),
+    ):
+        pool()
+
+
+def test_reasons_against_triton(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+    monkeypatch.setattr(backends, "_capability", lambda index: (7, 5))
+    assert "capability 8.0 and newer, this GPU has 7.5" in backends.why_not(
+        "triton", "pyramid_pool", cuda, torch.float32
+    )
+    monkeypatch.setattr(backends, "_capability", lambda index: (9, 0))
+    assert backends.why_not("triton", "pyramid_pool", cuda, torch.float32) is None
+    assert "float64" in backends.why_not("triton", "pyramid_pool", cuda, torch.float64)
+    monkeypatch.setattr(backends, "_has_triton", lambda: False)
+    assert "not installed" in backends.why_not("triton", "pyramid_pool", cuda, torch.float32)
+
+
+@pytest.mark.skipif(DEFAULT_ON_CPU == "reference", reason="the C++ extension is not built")
+def test_reasons_against_the_extension():
+    float32 = torch.float32
+    assert backends.why_not("native", "pyramid_pool", torch.device("cpu"), float32) is None
+    assert "no pyramid_stool for cpu" in backends.why_not("native", "pyramid_stool", torch.device("cpu"), float32)
+    assert "without kernels for mps" in backends.why_not("native", "pyramid_pool", torch.device("mps"), float32)
+
+
+def test_a_fallback_is_logged_with_its_reason(monkeypatch, caplog):
+    monkeypatch.setattr(native, "_load_failure", "the C++ extension is not built")
+    with caplog.at_level("DEBUG", logger="annnet_kernels"):
+        assert pool() == "reference"
+    assert "pyramid_pool: not served by native: the C++ extension is not built" in caplog.text
+
+
+def test_the_environment_requests_a_backend():
+    code = """
+import torch, annnet_kernels as ak
+ak.pyramid_pool(torch.ones(1, 1, 2, 2))
+print(ak.last_backend("pyramid_pool"))
+"""
+    assert run_python(code, ANNNET_BACKEND="reference").stdout.strip() == "reference"
+    failed = run_python(code, ANNNET_BACKEND="fastest")
+    assert "environment variable ANNNET_BACKEND: expected one of triton, native, reference" in failed.stderr
+
+
+def test_importing_is_quick_and_wakes_nothing():
+    code = """
+import sys, time, torch
+started = time.perf_counter()
+import annnet_kernels
+print(time.perf_counter() - started)
+assert "triton" not in sys.modules and "torchvision" not in sys.modules, "imported something heavy"
+assert not torch.cuda.is_initialized(), "CUDA was woken"
+"""
+    seconds = []
+    for _ in range(3):
+        finished = run_python(code)
+        assert finished.returncode == 0, finished.stderr
+        seconds.append(float(finished.stdout))
+    assert min(seconds) < 0.3
+
+
+@pytest.mark.parametrize("order", ["import annnet_kernels as ak, torch.utils.flop_counter as c",
+                                   "import torch.utils.flop_counter as c, annnet_kernels as ak"])  # fmt: skip
+def test_flop_formulas_are_known_whichever_is_imported_first(order):
+    code = f"""
+import torch
+{order}
+with c.FlopCounterMode(display=False) as counter:
+    ak.asymmetric_attention(torch.ones(1, 4, 2, 3), torch.ones(1, 4, 5), torch.ones(1, 7, 5))
+print(counter.get_total_flops())
+"""
+    finished = run_python(code)
+    assert finished.stdout.strip() == str(2 * 6 * 5 * (4 + 7)), finished.stderr

@@ -1,0 +1,93 @@
+"""The blocks' own Functions: what they keep, what they refuse, what they leave in the buffers."""
+
+import pytest
+import torch
+from torch import nn
+
+import annnet_kernels as ak
+from annnet_kernels.normalization import apply_tail, normalization
+from annnet_kernels.reference import PlainAFNB, PlainAPNB
+
+
+def kept_for_backward(block, maps):
+    """Bytes of distinct storages packed by saved-tensor hooks, without parameters and the block's inputs."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    own = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *block.buffers(), *maps)}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = block(*maps)
+    del out
+    return sum(size for pointer, size in storages.items() if pointer not in own)
+
+
+@pytest.mark.parametrize(
+    ("fused", "plain", "channels", "share"),
+    [
+        (ak.APNB, PlainAPNB, (512, 512, 256, 256), 0.23),
+        (ak.AFNB, PlainAFNB, (1024, 2048, 2048, 256, 256), 0.35),
+    ],
+)
+def test_a_fraction_of_the_published_memory_is_kept(fused, plain, channels, share):
+    maps = [torch.randn(1, c, 97, 97, requires_grad=True) for c in channels[: 1 if fused is ak.APNB else 2]]
+    mine, theirs = (kept_for_backward(kind(*channels, dropout=0.05), maps) for kind in (fused, plain))
+    assert mine <= share * theirs, f"keeps {mine / theirs:.3f} of the published block's memory"
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_the_tail_equals_batch_norm_relu_dropout(relu):
+    norm = nn.BatchNorm2d(6).double()
+    twin = nn.Sequential(nn.BatchNorm2d(6).double(), nn.ReLU() if relu else nn.Identity(), nn.Dropout2d(0.4))
+    for module in (norm, twin[0]):
+        torch.manual_seed(0)
+        nn.init.normal_(module.weight)
+        nn.init.normal_(module.bias)
+    x, weights = torch.randn(2, 3, 6, 5, 4, dtype=torch.float64)
+    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch.manual_seed(1)
+    out = apply_tail(mine, normalization(norm, mine), relu, twin[2])
+    torch.manual_seed(1)
+    expected = twin(theirs)
+    torch.testing.assert_close(out, expected)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(mine.grad, theirs.grad)
+    torch.testing.assert_close(norm.weight.grad, twin[0].weight.grad)
+    torch.testing.assert_close(norm.bias.grad, twin[0].bias.grad)
+    torch.testing.assert_close(dict(norm.named_buffers()), dict(twin[0].named_buffers()))
+
+
+def test_a_convolution_bias_ahead_of_batch_statistics_gets_a_zero_gradient():
+    block = ak.AFNB(4, 6, 6, 4, 4)
+    block(torch.randn(2, 4, 5, 5), torch.randn(2, 6, 5, 5)).sum().backward()
+    for projection in (block.stages[0].f_key, block.stages[0].f_query):
+        assert projection[0].bias.grad is not None
+        assert projection[0].bias.grad.abs().sum() == 0
+
+
+def test_one_value_per_channel_has_no_statistics():
+    with pytest.raises(ValueError, match=r"more than one value per channel .* got shape \(1, 4, 1, 1\)"):
+        ak.APNB(4, 4, 4, 4)(torch.randn(1, 4, 1, 1))
+
+
+def test_second_derivatives_of_a_block_are_refused():
+    block = ak.APNB(4, 4, 4, 4, dropout=0.0).double()
+    nn.init.normal_(block.stages[0].W.weight)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("frozen", [("f_value",), ("f_key",), ("W", "f_value", "conv_bn_dropout")])
+def test_frozen_parts_get_no_gradient_and_the_rest_does(frozen):
+    block = ak.APNB(4, 4, 4, 4)
+    nn.init.normal_(block.stages[0].W.weight)
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in frozen))
+    block(torch.randn(2, 4, 5, 5)).square().sum().backward()
+    for name, parameter in block.named_parameters():
+        assert (parameter.grad is None) == any(part in name for part in frozen), name
