@@ -92,6 +92,15 @@ def output_sizes(name: str, value: object) -> tuple[tuple[int, ...], tuple[int, 
     return tuple(heights), tuple(widths)
 
 
+def map_size(name: str, value: object) -> tuple[int, int]:
+    """A pair (H, W)."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name}: expected a pair (H, W), got {value!r}")
+    if len(value) != 2:
+        raise ValueError(f"{name}: expected a pair (H, W), got {value!r}")
+    return positive_int(f"{name}[0]", value[0]), positive_int(f"{name}[1]", value[1])
+
+
 def scale(name: str, value: object) -> float:
     """A finite real number."""
     if not isinstance(value, Real) or isinstance(value, bool):

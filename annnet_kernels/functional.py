@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -60,11 +61,24 @@ def token_regions(output_sizes: PoolSizes, map_size: tuple[int, int]) -> list[py
         TypeError, ValueError: a size is no integer of at least 1.
     """
     heights, widths = checks.output_sizes("output_sizes", output_sizes)
-    ((height, width),) = zip(*checks.output_sizes("map_size", [tuple(map_size)]), strict=True)
-    return pyramid.regions(heights, widths, height, width)
+    return pyramid.regions(heights, widths, *checks.map_size("map_size", map_size))
 
 
-def asymmetric_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+@overload
+def asymmetric_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, *, return_attention: Literal[False] = False
+) -> Tensor: ...
+
+
+@overload
+def asymmetric_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, *, return_attention: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+
+
+def asymmetric_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, *, return_attention: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of every pixel of a map over T pooled tokens: softmax(scale · QKᵀ) V, fused.
 
     No N × T matrix is written, and the map is neither permuted nor copied. Logits and softmax are float32 (float64
@@ -76,9 +90,12 @@ def asymmetric_attention(query: Tensor, key: Tensor, value: Tensor, scale: float
         key: (B, Ck, T), same dtype and device, T ≥ 1.
         value: (B, Cv, T), same dtype and device.
         scale: factor of the logits; None means Ck^-0.5.
+        return_attention: whether to return the attention as well, for inspection; that writes the N × T matrix.
 
     Returns:
-        (B, Cv, H, W) of the dtype of ``query``, channels_last if ``query`` is, else contiguous.
+        (B, Cv, H, W) of the dtype of ``query``, channels_last if ``query`` is, else contiguous. With
+        ``return_attention`` a pair of it and the attention (B, N, T), N = H·W in row-major order, not differentiable,
+        float32 (float64 for float64); :func:`token_regions` tells which rectangle each token stands for.
 
     Raises:
         TypeError: an operand is no floating-point tensor, dtypes differ, or ``scale`` is no number.
@@ -100,9 +117,18 @@ def asymmetric_attention(query: Tensor, key: Tensor, value: Tensor, scale: float
     checks.same_kind("key", key, "query", query)
     checks.same_kind("value", value, "query", query)
     factor = query.shape[1] ** -0.5 if scale is None else checks.scale("scale", scale)
+    if not isinstance(return_attention, bool):
+        raise TypeError(f"return_attention: expected a bool, got {return_attention!r}")
     out: Tensor
-    out, _ = AsymmetricAttention.apply(query, key, value, factor, requested_backend())
-    return out
+    out, logsumexp = AsymmetricAttention.apply(query, key, value, factor, requested_backend())
+    return (out, _attention(query, key, factor, logsumexp)) if return_attention else out
+
+
+@torch.no_grad()
+def _attention(query: Tensor, key: Tensor, scale: float, logsumexp: Tensor) -> Tensor:
+    """The attention (B, N, T) that the operator used and did not write."""
+    logits = torch.bmm(query.flatten(2).transpose(1, 2).to(logsumexp.dtype), key.to(logsumexp.dtype)) * scale
+    return (logits - logsumexp[:, :, None]).exp_()
 
 
 def _autocast(*operands: Tensor) -> tuple[Tensor, ...]:
