@@ -1,0 +1,222 @@
+"""Launches of the pooling kernels: the layout of a call, its parts, its scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layouts import empty_map, empty_tokens
+from ..pyramid import POOL_SIZES, num_tokens
+from .launch import Device, Launch, device_of, run_all
+from .operands import Norm
+from .pool_kernels import pyramid_pool_combine_kernel, pyramid_pool_fwd_kernel
+from .pool_spread_kernels import pyramid_pool_bwd_kernel
+from .tiles import PoolTile, least_pool_rows, pool_split_rows, pool_tile, pool_tile_columns
+
+_COMBINE_CHANNELS, _COMBINE_WARPS = 128, 1
+_LEAST_SPREAD_ROWS = 16
+"""Rows of a split that only writes: it has no partial sums, but makes the gradient of its first bins anew."""
+
+
+def pyramid_pool(x: Tensor, heights: Sequence[int], widths: Sequence[int], out: Tensor) -> None:
+    run_all(plan_forward(x, None, heights, widths, out, device_of(x)), x)
+
+
+def pyramid_pool_bwd(
+    grad: Tensor,
+    map_size: Sequence[int],
+    heights: Sequence[int],
+    widths: Sequence[int],
+    channels_last: bool,
+    dx: Tensor,
+) -> None:
+    run_all(plan_backward(grad, heights, widths, dx, device_of(grad)), grad)
+
+
+class Layout(NamedTuple):
+    """How the maps of a call lie in memory, all of them: what a compiled variant depends on, beside the dtype."""
+
+    inner: str
+    """The dimension with stride 1: ``"channels"``, ``"columns"`` or ``"none"``."""
+    vector: int
+    """Elements in 16 bytes if every vector along ``inner`` starts at a multiple of 16 bytes, else 1."""
+
+
+def layout_of(*maps: Tensor) -> Layout:
+    """The layout that all of ``maps`` (of equal shape) have in common."""
+    for inner, dim, others in (("columns", 3, (0, 1, 2)), ("channels", 1, (0, 2, 3))):
+        if all(_offsets_fit(x) and (x.stride(dim) == 1 or x.shape[dim] == 1) for x in maps):
+            vector = 16 // maps[0].element_size()
+            aligned = maps[0].shape[dim] % vector == 0 and all(
+                is_aligned(x) and all(x.stride(d) % vector == 0 or x.shape[d] == 1 for d in others) for x in maps
+            )
+            return Layout(inner, vector if aligned else 1)
+    return Layout("none", 1)
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether ``x`` starts at a multiple of 16 bytes; what has no memory counts as freshly allocated."""
+    return x.is_meta or x.data_ptr() % 16 == 0
+
+
+def _offsets_fit(x: Tensor) -> bool:
+    """Whether 32-bit offsets reach from any element to 64 channels and columns further."""
+    return bool(64 * (abs(x.stride(1)) + abs(x.stride(3))) < 2**31)
+
+
+def levels_argument(heights: Sequence[int], widths: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Per level its bins, rows × columns, and the sums over the earlier levels of tokens, rows and columns."""
+    levels = []
+    tokens = rows = columns = 0
+    for h, w in zip(heights, widths, strict=True):
+        levels.append((h, w, tokens, rows, columns))
+        tokens, rows, columns = tokens + h * w, rows + h, columns + w
+    return tuple(levels)
+
+
+class Parts(NamedTuple):
+    """How a map is cut: the kernels' size arguments, and the grid."""
+
+    sizes: dict[str, int]
+    splits: int
+    tiles: int
+    programs: int
+
+
+def parts_of(x: Tensor, layout: Layout, tile: PoolTile, least_rows: int, device: Device) -> Parts:
+    """Tiles of columns and splits of rows of ``x``."""
+    batch, channels, height, width = x.shape
+    multiple = layout.vector if layout.inner == "columns" else 1
+    tile_columns = pool_tile_columns(width, tile.columns, multiple)
+    tiles = -(-width // tile_columns)
+    blocks = batch * -(-channels // tile.channels) * tiles
+    split_rows = pool_split_rows(height, max(1, blocks), device.multiprocessors, least_rows)
+    splits = -(-height // split_rows)
+    sizes = {
+        "n_channels": channels,
+        "height": height,
+        "width": width,
+        "tile_columns": tile_columns,
+        "split_rows": split_rows,
+    }
+    return Parts(sizes, splits, tiles, blocks * splits)
+
+
+def stride_arguments(name: str, x: Tensor) -> dict[str, int]:
+    """Strides of a map by the kernels' parameter names."""
+    return {
+        f"{name}_{d}_stride": stride
+        for d, stride in zip(("batch", "channel", "row", "column"), x.stride(), strict=True)
+    }
+
+
+def tile_arguments(layout: Layout, tile: PoolTile) -> dict[str, Any]:
+    """What a walk's compiled variant depends on."""
+    return {
+        "INNER": layout.inner,
+        "VECTOR": layout.vector,
+        "BLOCK_CHANNELS": tile.channels,
+        "BLOCK_COLUMNS": tile.columns,
+    }
+
+
+def plan_forward(
+    x: Tensor, norm: Norm | None, heights: Sequence[int], widths: Sequence[int], out: Tensor, device: Device
+) -> list[Launch]:
+    """out = tokens of x, or of the normalised and rectified x. ``out`` is token-major."""
+    if x.shape[0] == 0:
+        return []
+    layout = layout_of(x)
+    tile = pool_tile(layout.inner, layout.vector, x.dtype, light=norm is None)
+    parts = parts_of(x, layout, tile, least_pool_rows(x.shape[3], widths, x.dtype), device)
+    levels = levels_argument(heights, widths)
+    slots = sum((h + parts.splits - 1) * (w + parts.tiles - 1) for h, w in zip(heights, widths, strict=True))
+    cut = parts.splits > 1 or parts.tiles > 1
+    partial = x.new_empty((x.shape[0], slots, x.shape[1]) if cut else (0,), dtype=torch.float32)
+    arguments = {
+        "x_ptr": x,
+        "norm": norm,
+        "out_ptr": out,
+        "partial_ptr": partial,
+        **parts.sizes,
+        **stride_arguments("x", x),
+        "LEVELS": levels,
+        **tile_arguments(layout, tile),
+        "ROWS_AHEAD": tile.rows_ahead,
+        "STAGES": tile.stages,
+    }
+    launches = [Launch(pyramid_pool_fwd_kernel, (parts.programs,), arguments, tile.warps, tile.stages)]
+    if cut:
+        arguments = {
+            "partial_ptr": partial,
+            "out_ptr": out,
+            **parts.sizes,
+            "LEVELS": levels,
+            "BLOCK_CHANNELS": _COMBINE_CHANNELS,
+        }
+        grid = (num_tokens(heights, widths), -(-x.shape[1] // _COMBINE_CHANNELS), x.shape[0])
+        launches.append(Launch(pyramid_pool_combine_kernel, grid, arguments, _COMBINE_WARPS, 1))
+    return launches
+
+
+def plan_backward(
+    grad: Tensor, heights: Sequence[int], widths: Sequence[int], dx: Tensor, device: Device
+) -> list[Launch]:
+    """dx = the gradient of the tokens, spread."""
+    if dx.shape[0] == 0:
+        return []
+    layout = layout_of(dx)
+    tile = pool_tile(layout.inner, layout.vector, dx.dtype, light=True)
+    parts = parts_of(dx, layout, tile, _LEAST_SPREAD_ROWS, device)
+    arguments = {
+        "grad_ptr": grad,
+        "dx_ptr": dx,
+        **parts.sizes,
+        **token_arguments(grad, layout),
+        **stride_arguments("dx", dx),
+        "LEVELS": levels_argument(heights, widths),
+        **tile_arguments(layout, tile),
+    }
+    return [Launch(pyramid_pool_bwd_kernel, (parts.programs,), arguments, tile.warps, 1)]
+
+
+def token_arguments(grad: Tensor, layout: Layout) -> dict[str, Any]:
+    """Strides of the tokens' gradient, and whether it is token-major (and aligned where the map is)."""
+    batch_stride, channel_stride, token_stride = grad.stride()
+    vectors = layout.inner == "channels" and layout.vector > 1
+    aligned = is_aligned(grad) and batch_stride % layout.vector == 0 and token_stride % layout.vector == 0
+    return {
+        "grad_batch_stride": batch_stride,
+        "grad_channel_stride": channel_stride,
+        "grad_token_stride": token_stride,
+        "TOKEN_MAJOR": channel_stride == 1 and (aligned or not vectors),
+    }
+
+
+def launch_variants(device: Device) -> Iterator[tuple[str, str, Launch]]:
+    """(dtype, layout, launch) for everything that compiles to code of its own, from the plans of meta tensors."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for name, x in layout_examples(dtype):
+            batch, channels, height, width = x.shape
+            tokens = empty_tokens(x, batch, channels, num_tokens(POOL_SIZES, POOL_SIZES))
+            launches = plan_forward(x, None, POOL_SIZES, POOL_SIZES, tokens, device)
+            if name != "strided":
+                dx = empty_map(x, (batch, channels, height, width), name.startswith("channels_last"))
+                launches += plan_backward(tokens, POOL_SIZES, POOL_SIZES, dx, device)
+                launches += plan_backward(tokens.contiguous(), POOL_SIZES, POOL_SIZES, dx, device)
+            for launch in launches:
+                yield str(dtype).removeprefix("torch."), name, launch
+
+
+def layout_examples(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """A meta map of every layout class."""
+    shape = (8, 256, 97, 97)
+    like = torch.empty(0, dtype=dtype, device="meta")
+    yield "channels_last", empty_map(like, shape, True)
+    yield "channels_last, odd", empty_map(like, (8, 19, 97, 97), True)
+    yield "nchw", empty_map(like, (8, 256, 128, 256), False)
+    yield "nchw, odd", empty_map(like, shape, False)
+    yield "strided", empty_map(like, (8, 256, 97, 194), False)[..., ::2]
