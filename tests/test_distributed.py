@@ -1,0 +1,79 @@
+"""SyncBatchNorm over two gloo processes equals one process with the joined batch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import annnet_kernels as ak
+from annnet_kernels.reference import PlainAFNB, PlainAPNB
+
+MAPS = {"AFNB": [(4, 5, 8, 7), (4, 6, 6, 5)], "APNB": [(4, 6, 6, 5)]}
+CLASSES = {"AFNB": (ak.AFNB, PlainAFNB, (5, 6, 7)), "APNB": (ak.APNB, PlainAPNB, (6, 7))}
+
+
+def build(kind, fused):
+    torch.manual_seed(5)
+    block = CLASSES[kind][0 if fused else 1](*CLASSES[kind][2], 4, 3, dropout=0.0).double()
+    for name, parameter in block.named_parameters():
+        if parameter.dim() == 1 or ".W." in name:
+            nn.init.normal_(parameter)
+    return block
+
+
+def step(block, maps, rank=0):
+    """Output and gradients of one training step, and the running statistics after it."""
+    inputs = [x.clone().requires_grad_() for x in maps]
+    out = block(*inputs)
+    weights = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out) + rank
+    (out * weights).sum().backward()
+    return {"out": out.detach(), "weights": weights} | {f"input {i}": x.grad for i, x in enumerate(inputs)}
+
+
+def worker(kind, rank, split, folder):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    block = nn.SyncBatchNorm.convert_sync_batchnorm(build(kind, fused=True))
+    assert "collapsed" in block.extra_repr()
+    maps = torch.load(f"{folder}/maps.pt")
+    part = slice(0, split) if rank == 0 else slice(split, None)
+    found = step(block, [x[part] for x in maps], rank)
+    for parameter in block.parameters():
+        dist.all_reduce(parameter.grad)
+    found |= {f"grad {n}": p.grad for n, p in block.named_parameters()} | dict(block.named_buffers())
+    torch.save(found, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("split", [2, 1], ids=["even", "uneven"])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_two_processes_equal_one(kind, split, tmp_path):
+    maps = [torch.randn(shape, dtype=torch.float64) for shape in MAPS[kind]]
+    torch.save(maps, tmp_path / "maps.pt")
+    command = [sys.executable, __file__, kind, str(split), str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE) for rank in (0, 1)]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    plain = build(kind, fused=False)
+    inputs = [x.clone().requires_grad_() for x in maps]
+    out = plain(*inputs)
+    (out * torch.cat([first["weights"], second["weights"]])).sum().backward()
+    torch.testing.assert_close(torch.cat([first["out"], second["out"]]), out.detach())
+    for i, x in enumerate(inputs):
+        torch.testing.assert_close(torch.cat([first[f"input {i}"], second[f"input {i}"]]), x.grad)
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(first[f"grad {name}"], parameter.grad, rtol=1e-7, atol=1e-9, msg=name)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(first[name], buffer, msg=name)
+        torch.testing.assert_close(second[name], buffer, msg=name)
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1], int(sys.argv[4]), int(sys.argv[2]), sys.argv[3])
