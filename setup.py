@@ -83,6 +83,8 @@ else:
         """Builds the extension, if it can, with the record of the torch it was built for."""
 
         def run(self) -> None:
+            if not self.extensions:
+                return
             problem = compiler_problem()
             if problem is None:
                 try:

@@ -77,9 +77,10 @@ def _has_kernel(operator: str, dispatch_key: str) -> bool:
 
 
 def cpu_level() -> str | None:
-    """Instruction set that the CPU kernels use here (``"baseline"``, ``"avx2"`` or ``"avx512"``); None when not loaded.
+    """Instruction level of the CPU kernels: ``"baseline"``, ``"avx2"``, ``"avx512"`` or ``"avx512_bf16"``.
 
-    Chosen at load time from the running processor; the environment variable ``ANNNET_CPU_LEVEL`` lowers it.
+    Chosen at load time from the running processor; the environment variable ``ANNNET_CPU_LEVEL`` lowers it. None when
+    the extension is not loaded.
     """
     if _load_failure is not None:
         return None

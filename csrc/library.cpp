@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "cpu/levels.h"
+#include "pyramid_geometry.h"
 
 TORCH_LIBRARY(annnet_native, m) {
   m.def("pyramid_pool(Tensor x, int[] heights, int[] widths, Tensor(a!) out) -> ()");
@@ -41,9 +42,23 @@ PyObject* parts(PyObject*, PyObject*) {
 #endif
 }
 
+PyObject* bin_edges(PyObject*, PyObject* args) {
+  long long length, bins;
+  if (!PyArg_ParseTuple(args, "LL", &length, &bins)) return nullptr;
+  PyObject* edges = PyList_New(0);
+  for (long long i = 0; edges != nullptr && i < bins; ++i) {
+    PyObject* edge = Py_BuildValue("(LL)", static_cast<long long>(annnet::bin_start(i, length, bins)),
+                                   static_cast<long long>(annnet::bin_end(i, length, bins)));
+    if (edge == nullptr || PyList_Append(edges, edge) != 0) Py_CLEAR(edges);
+    Py_XDECREF(edge);
+  }
+  return edges;
+}
+
 PyMethodDef methods[] = {
     {"cpu_level", cpu_level, METH_NOARGS, "Name of the instruction level that the CPU kernels use."},
     {"cpu_levels", cpu_levels, METH_NOARGS, "Names of the levels that this processor has, lowest first."},
+    {"bin_edges", bin_edges, METH_VARARGS, "pyramid.bin_edges(length, bins) as the C++ code computes it."},
     {"parts", parts, METH_NOARGS, "Device types with kernels in this library."},
     {nullptr, nullptr, 0, nullptr},
 };

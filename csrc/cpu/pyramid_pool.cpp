@@ -35,8 +35,6 @@ int64_t block_of(int64_t channels, Lines lines) {
   return ((channels + units - 1) / units + 15) / 16 * 16;
 }
 
-int64_t accumulator_size(Dtype dtype) { return dtype == kFloat64 ? 8 : 4; }
-
 // Uninitialised memory for one thread or one call.
 at::Tensor scratch_memory(int64_t bytes) { return at::empty({bytes}, at::TensorOptions().dtype(at::kByte)); }
 
@@ -66,20 +64,32 @@ struct Problem {
     return {index / units_per_image, channel, std::min(args.block, args.channels - channel)};
   }
 
-  // Calls body(unit index, row segment, scratch) for all row segments of the units first … last - 1. Threads share
+  // Calls body(unit index, first, last, scratch) for all row segments of the units from `begin` to `end`. Threads share
   // their rows evenly, and a segment belongs to the thread in whose share it starts.
   template <class Body>
-  void for_row_segments(int64_t first, int64_t last, int64_t scratch_bytes, const Body& body) const {
+  void for_row_segments(int64_t begin, int64_t end, const Body& body) const {
     const int64_t* start = args.rows.segment_start;
     const int64_t height = start[args.rows.segments];
-    at::parallel_for(0, (last - first) * height, 1, [&](int64_t begin, int64_t end) {
-      const at::Tensor scratch = scratch_memory(scratch_bytes);
-      for (int64_t index = begin / height; index * height < end; ++index) {
-        const int64_t* segment = std::lower_bound(start, start + args.rows.segments, begin - index * height);
-        for (; segment < start + args.rows.segments && index * height + *segment < end; ++segment)
-          body(first + index, segment - start, scratch.mutable_data_ptr());
+    const auto segment_at = [&](int64_t row) {
+      return std::lower_bound(start, start + args.rows.segments, row) - start;
+    };
+    at::parallel_for(begin * height, end * height, 1, [&](int64_t first_row, int64_t last_row) {
+      const at::Tensor scratch = scratch_memory(scratch_bytes());
+      for (int64_t index = first_row / height; index * height < last_row; ++index) {
+        const int64_t first = segment_at(first_row - index * height), last = segment_at(last_row - index * height);
+        if (first < last) body(index, first, last, scratch.mutable_data_ptr());
       }
     });
+  }
+
+  int64_t accumulator_size() const { return dtype == kFloat64 ? 8 : 4; }
+
+  // Accumulators of the column bins of a row segment.
+  int64_t segment_bytes() const { return args.columns.bins * args.block * accumulator_size(); }
+
+  int64_t scratch_bytes() const {
+    return kernels().pyramid_pool.scratch_bytes +
+           (args.columns.bins + args.columns.segments) * args.block * accumulator_size();
   }
 
   Lines lines;
@@ -113,35 +123,31 @@ void pyramid_pool(const at::Tensor& x, at::IntArrayRef heights, at::IntArrayRef 
   const PyramidPoolKernels& table = kernels().pyramid_pool;
   const auto sum = (problem.lines == Lines::channels ? table.sum_channels : table.sum_rows)[problem.dtype];
   const auto finish = table.finish[problem.dtype];
-  const int64_t element = accumulator_size(problem.dtype);
-  const int64_t segment_bytes = args.columns.bins * args.block * element;
+  const int64_t segment_bytes = problem.segment_bytes();
   const int64_t unit_bytes = args.rows.segments * segment_bytes;
-  const int64_t scratch_bytes = args.columns.segments * args.block * element;
 
   const int64_t threads = at::get_num_threads();
   if (problem.units() % threads == 0 || problem.units() >= 8 * threads) {
     at::parallel_for(0, problem.units(), 1, [&](int64_t begin, int64_t end) {
-      const at::Tensor memory = scratch_memory(unit_bytes + scratch_bytes);
+      const at::Tensor bins = scratch_memory(unit_bytes), scratch = scratch_memory(problem.scratch_bytes());
       for (int64_t index = begin; index < end; ++index) {
-        for (int64_t segment = 0; segment < args.rows.segments; ++segment)
-          sum(args, problem.unit(index), segment, address(memory, segment * segment_bytes),
-              address(memory, unit_bytes));
-        finish(args, problem.unit(index), address(memory));
+        sum(args, problem.unit(index), 0, args.rows.segments, address(bins), address(scratch));
+        finish(args, problem.unit(index), address(bins));
       }
     });
     return;
   }
   const int64_t round = std::clamp<int64_t>(kRoundBytes / unit_bytes, 1, problem.units());
-  const at::Tensor memory = scratch_memory(round * unit_bytes);
-  for (int64_t first = 0; first < problem.units(); first += round) {
-    const int64_t last = std::min(first + round, problem.units());
-    problem.for_row_segments(first, last, scratch_bytes, [&](int64_t index, int64_t segment, void* scratch) {
-      char* bins = address(memory, (index - first) * unit_bytes + segment * segment_bytes);
-      sum(args, problem.unit(index), segment, bins, scratch);
+  const at::Tensor bins = scratch_memory(round * unit_bytes);
+  for (int64_t begin = 0; begin < problem.units(); begin += round) {
+    const int64_t end = std::min(begin + round, problem.units());
+    problem.for_row_segments(begin, end, [&](int64_t index, int64_t first, int64_t last, void* scratch) {
+      char* target = address(bins, (index - begin) * unit_bytes + first * segment_bytes);
+      sum(args, problem.unit(index), first, last, target, scratch);
     });
-    at::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t index = begin; index < end; ++index)
-        finish(args, problem.unit(index), address(memory, (index - first) * unit_bytes));
+    at::parallel_for(begin, end, 1, [&](int64_t first, int64_t last) {
+      for (int64_t index = first; index < last; ++index)
+        finish(args, problem.unit(index), address(bins, (index - begin) * unit_bytes));
     });
   }
 }
@@ -160,10 +166,8 @@ void pyramid_pool_bwd(const at::Tensor& grad, at::IntArrayRef map_size, at::IntA
                     "dx: expected neighbours in memory along columns, rows or channels, got strides ", dx.strides());
   const PyramidPoolKernels& table = kernels().pyramid_pool;
   const auto spread = (problem.lines == Lines::channels ? table.spread_channels : table.spread_rows)[problem.dtype];
-  const int64_t scratch_bytes =
-      (args.columns.bins + args.columns.segments) * args.block * accumulator_size(problem.dtype);
-  problem.for_row_segments(0, problem.units(), scratch_bytes, [&](int64_t index, int64_t segment, void* scratch) {
-    spread(args, problem.unit(index), segment, scratch);
+  problem.for_row_segments(0, problem.units(), [&](int64_t index, int64_t first, int64_t last, void* scratch) {
+    spread(args, problem.unit(index), first, last, scratch);
   });
 }
 

@@ -59,19 +59,21 @@ struct PoolUnit {
 };
 
 struct PyramidPoolKernels {
-  // Sums a row segment of a unit into `bins` (columns.bins × block accumulators); `scratch` is columns.segments ×
-  // block.
-  using Sum = void (*)(const PoolArgs&, PoolUnit, int64_t row_segment, void* bins, void* scratch);
-  // Makes the tokens of a unit from the bins of all its row segments (rows.segments × columns.bins × block).
+  // Sums the row segments first … last - 1 of a unit into `bins`, columns.bins × block accumulators per row segment.
+  using Sum = void (*)(const PoolArgs&, PoolUnit, int64_t first, int64_t last, void* bins, void* scratch);
+  // Makes the tokens of a unit from the bins of all its row segments.
   using Finish = void (*)(const PoolArgs&, PoolUnit, const void* bins);
-  // Writes the gradient of a row segment of a unit; `scratch` is (columns.bins + columns.segments) × block.
-  using Spread = void (*)(const PoolArgs&, PoolUnit, int64_t row_segment, void* scratch);
+  // Writes the gradient of the row segments first … last - 1 of a unit.
+  using Spread = void (*)(const PoolArgs&, PoolUnit, int64_t first, int64_t last, void* scratch);
 
   Sum sum_rows[kDtypes];      // any map; fast if map.column is 1
   Sum sum_channels[kDtypes];  // map.channel is 1
   Finish finish[kDtypes];
   Spread spread_rows[kDtypes];      // map.column is 1
   Spread spread_channels[kDtypes];  // map.channel is 1
+
+  // Bytes of scratch that a thread must bring, beside (columns.bins + columns.segments) × block accumulators.
+  int64_t scratch_bytes;
 };
 
 }  // namespace annnet

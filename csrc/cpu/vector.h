@@ -136,16 +136,38 @@ ANNNET_INLINE void store(T* target, Vec<T> value) {
 // The lanes beyond `count` are zero, and the memory beyond is not touched.
 template <class T>
 ANNNET_INLINE Vec<T> load_first(const T* source, int64_t count) {
+#if ANNNET_VECTOR_BYTES == 64
+  const unsigned mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 8) {
+    return _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), source);
+  } else if constexpr (sizeof(T) == 4) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), source);
+  } else {
+    return widen(bit_cast<HalfBitsVector>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), source)), T{});
+  }
+#else
   T elements[kLanes<T>] = {};
-  memcpy(elements, source, static_cast<size_t>(count) * sizeof(T));
+  for (int64_t i = 0; i < count; ++i) elements[i] = source[i];
   return load(elements);
+#endif
 }
 
 template <class T>
 ANNNET_INLINE void store_first(T* target, Vec<T> value, int64_t count) {
+#if ANNNET_VECTOR_BYTES == 64
+  const unsigned mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 8) {
+    _mm512_mask_storeu_pd(target, static_cast<__mmask8>(mask), value);
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(target, static_cast<__mmask16>(mask), value);
+  } else {
+    _mm256_mask_storeu_epi16(target, static_cast<__mmask16>(mask), bit_cast<__m256i>(narrow(value, T{})));
+  }
+#else
   T elements[kLanes<T>];
   store(elements, value);
-  memcpy(target, elements, static_cast<size_t>(count) * sizeof(T));
+  for (int64_t i = 0; i < count; ++i) target[i] = elements[i];
+#endif
 }
 
 // One element, by way of a vector where a conversion is needed.
