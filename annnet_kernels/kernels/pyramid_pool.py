@@ -17,7 +17,7 @@ from .pool_spread_kernels import pyramid_pool_bwd_kernel
 from .tiles import PoolTile, least_pool_rows, pool_split_rows, pool_tile, pool_tile_columns
 
 _COMBINE_CHANNELS, _COMBINE_WARPS = 128, 1
-_LEAST_SPREAD_ROWS = 16
+LEAST_SPREAD_ROWS = 16
 """Rows of a split that only writes: it has no partial sums, but makes the gradient of its first bins anew."""
 
 
@@ -105,12 +105,10 @@ def parts_of(x: Tensor, layout: Layout, tile: PoolTile, least_rows: int, device:
     return Parts(sizes, splits, tiles, blocks * splits)
 
 
-def stride_arguments(name: str, x: Tensor) -> dict[str, int]:
-    """Strides of a map by the kernels' parameter names."""
-    return {
-        f"{name}_{d}_stride": stride
-        for d, stride in zip(("batch", "channel", "row", "column"), x.stride(), strict=True)
-    }
+def stride_arguments(name: str, x: Tensor | None) -> dict[str, int]:
+    """Strides of a map by the kernels' parameter names; zeros where there is no map."""
+    strides = (0, 0, 0, 0) if x is None else x.stride()
+    return {f"{name}_{d}_stride": s for d, s in zip(("batch", "channel", "row", "column"), strides, strict=True)}
 
 
 def tile_arguments(layout: Layout, tile: PoolTile) -> dict[str, Any]:
@@ -148,7 +146,9 @@ def plan_forward(
         "ROWS_AHEAD": tile.rows_ahead,
         "STAGES": tile.stages,
     }
-    launches = [Launch(pyramid_pool_fwd_kernel, (parts.programs,), arguments, tile.warps, tile.stages)]
+    launches = [
+        Launch(pyramid_pool_fwd_kernel, (parts.programs,), arguments, tile.warps, tile.stages, tile.max_registers)
+    ]
     if cut:
         arguments = {
             "partial_ptr": partial,
@@ -170,7 +170,7 @@ def plan_backward(
         return []
     layout = layout_of(dx)
     tile = pool_tile(layout.inner, layout.vector, dx.dtype, light=True)
-    parts = parts_of(dx, layout, tile, _LEAST_SPREAD_ROWS, device)
+    parts = parts_of(dx, layout, tile, LEAST_SPREAD_ROWS, device)
     arguments = {
         "grad_ptr": grad,
         "dx_ptr": dx,
@@ -180,19 +180,21 @@ def plan_backward(
         "LEVELS": levels_argument(heights, widths),
         **tile_arguments(layout, tile),
     }
-    return [Launch(pyramid_pool_bwd_kernel, (parts.programs,), arguments, tile.warps, 1)]
+    return [Launch(pyramid_pool_bwd_kernel, (parts.programs,), arguments, tile.warps, 1, tile.max_registers)]
 
 
-def token_arguments(grad: Tensor, layout: Layout) -> dict[str, Any]:
+def token_arguments(grad: Tensor | None, layout: Layout) -> dict[str, Any]:
     """Strides of the tokens' gradient, and whether it is token-major (and aligned where the map is)."""
-    batch_stride, channel_stride, token_stride = grad.stride()
+    batch_stride, channel_stride, token_stride = (0, 0, 0) if grad is None else grad.stride()
     vectors = layout.inner == "channels" and layout.vector > 1
-    aligned = is_aligned(grad) and batch_stride % layout.vector == 0 and token_stride % layout.vector == 0
+    token_major = grad is not None and channel_stride == 1
+    if grad is not None and vectors:
+        token_major &= is_aligned(grad) and batch_stride % layout.vector == 0 and token_stride % layout.vector == 0
     return {
         "grad_batch_stride": batch_stride,
         "grad_channel_stride": channel_stride,
         "grad_token_stride": token_stride,
-        "TOKEN_MAJOR": channel_stride == 1 and (aligned or not vectors),
+        "TOKEN_MAJOR": token_major,
     }
 
 

@@ -120,7 +120,8 @@ class PoolTile:
     columns: int
     warps: int
     stages: int
-    rows_ahead: int
+    rows_ahead: int = 0
+    max_registers: int | None = None
 
 
 def pool_tile(inner: str, vector: int, dtype: torch.dtype, light: bool) -> PoolTile:
@@ -137,11 +138,14 @@ def pool_tile(inner: str, vector: int, dtype: torch.dtype, light: bool) -> PoolT
         # one program per multiprocessor only.
         if inner == "channels":
             wide = light and dtype.itemsize == 2
-            return PoolTile(64, 32 if wide else 16, 8 if wide else 4, 5, 0)
-        return PoolTile(32, 64, 8, 5, 0) if dtype.itemsize == 2 else PoolTile(32, 32, 4, 5, 0)
+            return PoolTile(64, 32 if wide else 16, 8 if wide else 4, 5)
+        return PoolTile(32, 64, 8, 5) if dtype.itemsize == 2 else PoolTile(32, 32, 4, 5)
     channels, columns = (64, 16) if inner == "channels" else (16, 64)
-    # Asynchronous copies take at least 4 bytes: 16-bit elements at odd offsets are loaded ahead into registers.
-    return PoolTile(channels, columns, 8, 5, 0) if dtype.itemsize == 4 else PoolTile(channels, columns, 8, 1, 4)
+    if dtype.itemsize == 4:
+        return PoolTile(channels, columns, 8, 5)
+    # Asynchronous copies take at least 4 bytes: 16-bit elements at odd offsets are loaded ahead into registers. Left to
+    # itself, ptxas holds some of these kernels to 128 registers and spills the rest.
+    return PoolTile(channels, columns, 8, 1, rows_ahead=4, max_registers=None if light else 168)
 
 
 def pool_tile_columns(width: int, columns: int, multiple: int) -> int:

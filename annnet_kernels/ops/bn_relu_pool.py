@@ -49,7 +49,7 @@ register(
     " int[] widths) -> Tensor",
     allocate=_allocate,
     reference=reference.pyramid_pool_bn_relu_out,
-    triton_module="pyramid_pool",
+    triton_module="bn_relu_pool",
     flops=_flops,
 )
 # (2, C): Σ g and Σ g·ŷ, the gradients of bias and weight.
@@ -58,7 +58,7 @@ register(
     " Tensor? grad_map, int[] heights, int[] widths, str? backend) -> Tensor",
     allocate=_allocate_sums,
     reference=reference.bn_relu_bwd_sums_out,
-    triton_module="pyramid_pool",
+    triton_module="bn_relu_pool",
 )
 # mean_sums is the sums (2, C) divided by the number of pixels; None where the statistics are frozen.
 register(
@@ -66,5 +66,5 @@ register(
     " Tensor? grad_map, Tensor? mean_sums, int[] heights, int[] widths, str? backend) -> Tensor",
     allocate=_allocate_input,
     reference=reference.bn_relu_bwd_input_out,
-    triton_module="pyramid_pool",
+    triton_module="bn_relu_pool",
 )

@@ -1,0 +1,172 @@
+"""Launches of the pooling of a rectified map and of its backward; see ``bn_relu_pool_kernels``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layouts import empty_map, empty_tokens
+from ..pyramid import POOL_SIZES, num_tokens
+from .bn_relu_pool_kernels import bn_relu_bwd_kernel, bn_relu_sum_parts_kernel
+from .launch import Device, Launch, device_of, run_all
+from .operands import Norm
+from .pyramid_pool import (
+    LEAST_SPREAD_ROWS,
+    layout_examples,
+    layout_of,
+    levels_argument,
+    parts_of,
+    plan_forward,
+    stride_arguments,
+    tile_arguments,
+    token_arguments,
+)
+from .tiles import pool_tile
+
+_SUM_PARTS, _SUM_SIZE, _SUM_WARPS = 32, 64, 4
+
+
+def pyramid_pool_bn_relu(
+    y: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    tokens: Tensor,
+) -> None:
+    run_all(plan_forward(y, Norm(mean, invstd, weight, bias), heights, widths, tokens, device_of(y)), y)
+
+
+def bn_relu_bwd_sums(
+    y: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    grad_tokens: Tensor | None,
+    grad_map: Tensor | None,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    sums: Tensor,
+) -> None:
+    norm = Norm(mean, invstd, weight, bias)
+    run_all(plan_sums(y, norm, grad_tokens, grad_map, heights, widths, sums, device_of(y)), y)
+
+
+def bn_relu_bwd_input(
+    y: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    grad_tokens: Tensor | None,
+    grad_map: Tensor | None,
+    mean_sums: Tensor | None,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    dy: Tensor,
+) -> None:
+    norm = Norm(mean, invstd, weight, bias)
+    run_all(plan_input(y, norm, grad_tokens, grad_map, mean_sums, heights, widths, dy, device_of(y)), y)
+
+
+def plan_sums(
+    y: Tensor,
+    norm: Norm,
+    grad_tokens: Tensor | None,
+    grad_map: Tensor | None,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    sums: Tensor,
+    device: Device,
+) -> list[Launch]:
+    """sums = (Σ g, Σ g·ŷ): one pass over the maps, then over the sums of its parts."""
+    launch, parts = _plan_pass(y, norm, grad_tokens, grad_map, None, None, heights, widths, device)
+    size = sums.numel()
+    arguments = {
+        "partial_ptr": launch.arguments["partial_ptr"],
+        "sums_ptr": sums,
+        "parts": parts,
+        "size": size,
+        "BLOCK_PARTS": _SUM_PARTS,
+        "BLOCK_SIZE": _SUM_SIZE,
+    }
+    total = Launch(bn_relu_sum_parts_kernel, (-(-size // _SUM_SIZE),), arguments, _SUM_WARPS, 1)
+    return [launch, total] if parts else [total]
+
+
+def plan_input(
+    y: Tensor,
+    norm: Norm,
+    grad_tokens: Tensor | None,
+    grad_map: Tensor | None,
+    mean_sums: Tensor | None,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    dy: Tensor,
+    device: Device,
+) -> list[Launch]:
+    """dy, from one pass over the maps."""
+    launch, parts = _plan_pass(y, norm, grad_tokens, grad_map, mean_sums, dy, heights, widths, device)
+    return [launch] if parts else []
+
+
+def _plan_pass(
+    y: Tensor,
+    norm: Norm,
+    grad_tokens: Tensor | None,
+    grad_map: Tensor | None,
+    mean_sums: Tensor | None,
+    dy: Tensor | None,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    device: Device,
+) -> tuple[Launch, int]:
+    """The pass that writes ``dy``, or partial sums where that is None; and how many parts every channel has."""
+    layout = layout_of(*(x for x in (y, grad_map, dy) if x is not None))
+    tile = pool_tile(layout.inner, layout.vector, y.dtype, light=False)
+    parts = parts_of(y, layout, tile, LEAST_SPREAD_ROWS, device)
+    count = y.shape[0] * parts.splits * parts.tiles
+    arguments = {
+        "y_ptr": y,
+        "norm": norm,
+        "grad_ptr": grad_tokens,
+        "map_ptr": grad_map,
+        "mean_sums_ptr": mean_sums,
+        "dy_ptr": dy,
+        "partial_ptr": norm.mean.new_empty((count, 2, y.shape[1])) if dy is None else None,
+        **parts.sizes,
+        **stride_arguments("y", y),
+        **token_arguments(grad_tokens, layout),
+        **stride_arguments("map", grad_map),
+        **stride_arguments("dy", dy),
+        "LEVELS": levels_argument(heights, widths),
+        **tile_arguments(layout, tile),
+        "ROWS_AHEAD": tile.rows_ahead,
+        "STAGES": tile.stages,
+    }
+    return Launch(bn_relu_bwd_kernel, (parts.programs,), arguments, tile.warps, tile.stages, tile.max_registers), count
+
+
+def launch_variants(device: Device) -> Iterator[tuple[str, str, Launch]]:
+    """(dtype, layout, launch) of what the blocks launch: all maps lie alike, tokens are token-major."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for name, y in layout_examples(dtype):
+            batch, channels, height, width = y.shape
+            dense = empty_map(y, (batch, channels, height, width), name.startswith("channels_last"))
+            tokens = empty_tokens(y, batch, channels, num_tokens(POOL_SIZES, POOL_SIZES))
+            norm = Norm(*(y.new_empty(channels, dtype=torch.float32) for _ in Norm._fields))
+            sums = y.new_empty((2, channels), dtype=torch.float32)
+            launches = plan_forward(y, norm, POOL_SIZES, POOL_SIZES, tokens, device)
+            for grad_tokens, grad_map in ((tokens, dense), (tokens, None), (None, dense)):
+                gradients: tuple[Any, ...] = (y, norm, grad_tokens, grad_map)
+                launches += plan_sums(*gradients, POOL_SIZES, POOL_SIZES, sums, device)
+                for means in (sums, None):
+                    launches += plan_input(*gradients, means, POOL_SIZES, POOL_SIZES, dense, device)
+            for launch in launches:
+                yield str(dtype).removeprefix("torch."), name, launch
