@@ -8,8 +8,8 @@
 
 namespace annnet::ANNNET_LEVEL {
 
-// Channels packed at a time: with a block of pixels, 96 KiB.
-constexpr int64_t kChunk = 256;
+// Channels packed at a time: with a block of pixels, 56 KiB.
+constexpr int64_t kChunk = 128;
 
 constexpr int64_t kBatchedSplits = 64, kMostSplits = 16;
 
@@ -238,12 +238,13 @@ void softmax(A* logits, int64_t tokens, int64_t pixels, A scale, A* logsumexp) {
   for (int64_t pixel = 0; pixel < pixels; pixel += kLanes<A>) {
     A* const column = logits + pixel;
     Vec<A> largest = load(column) * scale;
-    for (int64_t token = 1; token < tokens; ++token) {
+    for (int64_t token = 0; token < tokens; ++token) {
       const Vec<A> logit = load(column + token * kStride) * scale;
+      store(column + token * kStride, logit);
       largest = logit > largest ? logit : largest;
     }
     const Vec<A> sum = sum_tokens<Vec<A>>(tokens, [&](int64_t token) {
-      const Vec<A> power = exponential(load(column + token * kStride) * scale - largest);
+      const Vec<A> power = exponential(load(column + token * kStride) - largest);
       store(column + token * kStride, power);
       return power;
     });

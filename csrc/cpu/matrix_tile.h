@@ -67,6 +67,23 @@ ANNNET_INLINE void tile(int64_t depth, const Element<T>* a, int64_t lda, const E
     for (int j = 0; j < kVectors; ++j) sink(row + i, column + j * kLanes<T>, sum[i][j]);
 }
 
+// A tile of any depth, in runs of at most kRun: one run of 1024 terms would have twice the error.
+constexpr int64_t kRun = 128;
+
+template <class T, int kVectors, class Sink>
+ANNNET_INLINE void deep_tile(int64_t depth, const Element<T>* a, int64_t lda, const Element<T>* b, int64_t ldb,
+                             const Sink& sink, int64_t row, int64_t column) {
+  if (depth <= kRun) return tile<T, kVectors>(depth, a, lda, b, ldb, sink, row, column);
+  Vec<T> total[kTileRows][kVectors] = {};
+  const auto add = [&](int64_t i, int64_t j, Vec<T> run) { total[i - row][(j - column) / kLanes<T>] += run; };
+  for (int64_t begin = 0; begin < depth; begin += kRun) {
+    const int64_t steps = begin / Operand<T>::kStep;
+    tile<T, kVectors>(minimum(kRun, depth - begin), a + steps * lda, lda, b + steps * ldb, ldb, add, row, column);
+  }
+  for (int i = 0; i < kTileRows; ++i)
+    for (int j = 0; j < kVectors; ++j) sink(row + i, column + j * kLanes<T>, total[i][j]);
+}
+
 // Hands every vector of C to sink(row, column, vector). Rows come in whole tiles and columns in whole vectors, so
 // the sink also gets what lies beyond `rows` and `columns`: values without meaning.
 template <class T, class Sink>
@@ -76,11 +93,11 @@ inline void multiply(int64_t rows, int64_t columns, int64_t depth, const Element
     const int64_t vectors = (columns - column + kLanes<T> - 1) / kLanes<T>;
     for (int64_t row = 0; row < rows; row += kTileRows) {
       if (vectors >= kTileVectors)
-        tile<T, kTileVectors>(depth, a, lda, b, ldb, sink, row, column);
+        deep_tile<T, kTileVectors>(depth, a, lda, b, ldb, sink, row, column);
       else if (vectors == 2)
-        tile<T, 2>(depth, a, lda, b, ldb, sink, row, column);
+        deep_tile<T, 2>(depth, a, lda, b, ldb, sink, row, column);
       else
-        tile<T, 1>(depth, a, lda, b, ldb, sink, row, column);
+        deep_tile<T, 1>(depth, a, lda, b, ldb, sink, row, column);
     }
   }
 }

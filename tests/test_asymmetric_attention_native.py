@@ -1,0 +1,260 @@
+"""The C++ attention on the CPU: error against float64, every layout, level, gradient flag, and its memory manners."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import LAYOUTS, assert_as_accurate_as_plain, random_map
+from torch import Tensor
+
+import annnet_kernels as ak
+from annnet_kernels import native
+
+pytestmark = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NAMES = ("out", "dquery", "dkey", "dvalue")
+LEVEL = os.environ.get("ANNNET_CPU_LEVEL")
+
+# batch, key channels, value channels, height, width, tokens
+SHAPES = (
+    (1, 256, 256, 13, 17, 110),  # the fast case; pixels are no multiple of a block
+    (2, 19, 48, 13, 17, 7),
+    (3, 96, 19, 1, 37, 110),  # one row
+    (2, 80, 96, 1, 1, 5),  # one pixel
+    (1, 48, 80, 12, 11, 1),  # one token: the softmax is constant
+    (1, 512, 2048, 5, 9, 50),  # several chunks of channels
+    (1, 2048, 19, 5, 5, 13),
+    (1, 48, 80, 5, 7, 1024),  # many tokens
+    (1, 1, 1, 2, 2, 2),
+)
+
+
+@pytest.fixture(autouse=True)
+def _native_backend() -> Iterator[None]:
+    with ak.use_backend("native"):
+        yield
+
+
+def random_tokens(batch: int, channels: int, tokens: int, dtype: torch.dtype, layout: str = "tokens") -> Tensor:
+    x = torch.randn(batch, tokens, channels, dtype=torch.float64).to(dtype)
+    return {
+        "tokens": lambda: x.transpose(1, 2),  # as pyramid_pool returns them
+        "channels": lambda: x.transpose(1, 2).contiguous(),
+        "slice": lambda: x.repeat_interleave(2, dim=1).transpose(1, 2)[:, :, ::2],
+        "expanded": lambda: x[:1].transpose(1, 2).expand(batch, channels, tokens),
+    }[layout]()
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The published operations; in float64, the truth."""
+    attention = torch.softmax(torch.matmul(query.flatten(2).transpose(1, 2), key) * scale, dim=-1)
+    return torch.matmul(attention, value.transpose(1, 2)).transpose(1, 2).unflatten(2, query.shape[2:])
+
+
+def with_gradients(function: object, operands: tuple[Tensor, ...], grad: Tensor, scale: float) -> dict[str, Tensor]:
+    leaves = [x.detach().requires_grad_() for x in operands]
+    out = function(*leaves, scale)  # type: ignore[operator]
+    return dict(zip(NAMES, (out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))), strict=True))
+
+
+def assert_accurate(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    map_layout: str = "nchw",
+    token_layout: str = "tokens",
+    magnitude: float = 1.0,
+    scale: float | None = None,
+) -> None:
+    batch, key_channels, value_channels, height, width, tokens = shape
+    factor = key_channels**-0.5 if scale is None else scale
+
+    def run(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        operands = (
+            random_map((batch, key_channels, height, width), dtype, map_layout, scale=magnitude),
+            random_tokens(batch, key_channels, tokens, dtype, token_layout),
+            random_tokens(batch, value_channels, tokens, dtype, token_layout),
+        )
+        grad = random_map((batch, value_channels, height, width), dtype, map_layout)
+        ours = with_gradients(ak.asymmetric_attention, operands, grad, factor)
+        plain = with_gradients(plain_attention, operands, grad, factor)
+        truth = with_gradients(plain_attention, tuple(x.double() for x in operands), grad, factor)
+        return ours, plain, truth
+
+    assert_as_accurate_as_plain(run, dtype)
+    assert ak.last_backend("asymmetric_attention") == ak.last_backend("asymmetric_attention_bwd") == "native"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_accuracy_of_shapes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert_accurate(shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_accuracy_of_map_layouts(layout: str, dtype: torch.dtype) -> None:
+    assert_accurate((2, 19, 37, 13, 29, 23), dtype, map_layout=layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["channels", "slice", "expanded"])
+def test_accuracy_of_token_layouts(layout: str, dtype: torch.dtype) -> None:
+    assert_accurate((2, 19, 37, 13, 29, 23), dtype, map_layout="channels_last", token_layout=layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("magnitude", [8.0, 300.0])
+def test_accuracy_of_peaked_softmax(magnitude: float, dtype: torch.dtype) -> None:
+    """Logits of standard deviation 8, then in the hundreds: no overflow, no NaN, no loss of accuracy."""
+    assert_accurate((1, 64, 48, 19, 23, 110), dtype, magnitude=magnitude)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_accuracy_of_unusual_scales(scale: float) -> None:
+    assert_accurate((1, 16, 24, 9, 11, 30), torch.float32, scale=scale)
+
+
+def operands_of_odd_sizes(dtype: torch.dtype, layout: str = "nchw") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """query, key, value, grad_out."""
+    query, grad = random_map((2, 21, 31, 37), dtype, layout), random_map((2, 35, 31, 37), dtype, layout)
+    return query, random_tokens(2, 21, 43, dtype), random_tokens(2, 35, 43, dtype), grad
+
+
+def forward_and_backward(
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, needs: tuple[bool, ...] = (True, True, True)
+) -> tuple[Tensor, ...]:
+    out, logsumexp = torch.ops.annnet.asymmetric_attention(query, key, value, 0.2)
+    gradients = torch.ops.annnet.asymmetric_attention_bwd(
+        grad, query, key, value, logsumexp, 0.2, needs, ak.backends.requested_backend()
+    )
+    return out, logsumexp, *gradients
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bitwise_equal_for_any_number_of_threads(dtype: torch.dtype, layout: str) -> None:
+    operands = operands_of_odd_sizes(dtype, layout)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 2, 3):
+            torch.set_num_threads(count)
+            results.append(forward_and_backward(*operands))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        for ours, first in zip(result, results[0], strict=True):
+            assert torch.equal(ours, first)
+
+
+@pytest.mark.parametrize("needs", tuple(itertools.product((True, False), repeat=3)), ids=str)
+def test_gradients_that_are_not_needed(needs: tuple[bool, ...]) -> None:
+    operands = operands_of_odd_sizes(torch.float32)
+    wanted, everything = forward_and_backward(*operands, needs=needs), forward_and_backward(*operands)
+    for needed, ours, full in zip(needs, wanted[2:], everything[2:], strict=True):
+        assert torch.equal(ours, full) if needed else ours.shape == (0,)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_non_finite_pixel_spoils_only_its_own_output(dtype: torch.dtype, layout: str, bad: float) -> None:
+    query, key, value, grad = operands_of_odd_sizes(dtype, layout)
+    clean_out, _, clean_dquery, *_ = forward_and_backward(query, key, value, grad)
+    spoilt = query.clone()
+    spoilt[1, 4, 7, 5] = bad
+    out, _, dquery, *_ = forward_and_backward(spoilt, key, value, grad)
+    for ours, clean in ((out, clean_out), (dquery, clean_dquery)):
+        assert ours[1, :, 7, 5].isnan().all()
+        ours[1, :, 7, 5] = clean[1, :, 7, 5] = 0
+        assert torch.equal(ours, clean)
+
+
+def test_logsumexp() -> None:
+    query, key, value, grad = operands_of_odd_sizes(torch.float32)
+    _, logsumexp, *_ = forward_and_backward(query, key, value, grad)
+    truth = (query.double().flatten(2).transpose(1, 2) @ key.double() * 0.2).logsumexp(dim=2)
+    torch.testing.assert_close(logsumexp.double(), truth, rtol=1e-6, atol=1e-6)
+
+
+def test_batch_of_none() -> None:
+    query, key, value, grad = (x[:0] for x in operands_of_odd_sizes(torch.float32))
+    shapes = [tuple(x.shape) for x in forward_and_backward(query, key, value, grad)]
+    assert shapes == [(0, 35, 31, 37), (0, 31 * 37), (0, 21, 31, 37), (0, 21, 43), (0, 35, 43)]
+
+
+def surrounded(x: Tensor, filling: float) -> tuple[Tensor, Tensor]:
+    """A copy of x of the same strides in the middle of memory filled with `filling`, and that memory."""
+    margin = 4096
+    span = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    memory = torch.full((span + 2 * margin,), filling, dtype=x.dtype)
+    inside = memory.as_strided(x.shape, x.stride(), margin)
+    inside.copy_(x)
+    return inside, memory
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_touches_nothing_beyond_its_tensors(dtype: torch.dtype, layout: str) -> None:
+    """Inputs lie in memory full of NaN, outputs in memory that must not change."""
+    operands = operands_of_odd_sizes(dtype, layout)
+    expected = forward_and_backward(*operands)
+    query, key, value, grad = (surrounded(x, float("nan"))[0] for x in operands)
+    outputs = [surrounded(torch.zeros_like(x), 7.0) for x in expected]
+    untouched = [memory.clone() for _, memory in outputs]
+    out, logsumexp, dquery, dkey, dvalue = (inside for inside, _ in outputs)
+    torch.ops.annnet_native.asymmetric_attention(query, key, value, 0.2, out, logsumexp)
+    torch.ops.annnet_native.asymmetric_attention_bwd(
+        grad, query, key, value, logsumexp, 0.2, (True, True, True), dquery, dkey, dvalue
+    )
+    for (ours, memory), reference, before in zip(outputs, expected, untouched, strict=True):
+        assert torch.equal(ours, reference)
+        ours.zero_()
+        assert torch.equal(memory, before)
+
+
+def test_direct_calls_are_checked() -> None:
+    query, key, value, _ = operands_of_odd_sizes(torch.float32)
+    out, logsumexp = torch.empty(2, 35, 31, 37), torch.empty(2, 31 * 37)
+    call = torch.ops.annnet_native.asymmetric_attention
+    with pytest.raises(ValueError, match="key: expected shape"):
+        call(query, key[:, :20], value, 0.2, out, logsumexp)
+    with pytest.raises(ValueError, match="value: expected shape"):
+        call(query, key, value[:, :, 1:], 0.2, out, logsumexp)
+    with pytest.raises(TypeError, match="value: expected the dtype of query"):
+        call(query, key, value.double(), 0.2, out, logsumexp)
+    with pytest.raises(ValueError, match="out: expected a dense"):
+        call(query, key, value, 0.2, random_map((2, 35, 31, 37), torch.float32, "slice"), logsumexp)
+    with pytest.raises(TypeError, match="logsumexp: expected dtype"):
+        call(query, key, value, 0.2, out, logsumexp.double())
+
+
+def test_level_follows_the_environment() -> None:
+    levels = native_levels()
+    assert native.cpu_level() == (LEVEL if LEVEL in levels else levels[-1])
+
+
+def native_levels() -> tuple[str, ...]:
+    """The levels of this processor, lowest first."""
+    return tuple(importlib.import_module("annnet_kernels._C").cpu_levels())
+
+
+@pytest.mark.skipif(LEVEL is not None, reason="the run of one level starts no others")
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_lower_instruction_levels(level: str) -> None:
+    """Every shape, map layout and edge once more at each level below the highest."""
+    if level not in native_levels()[:-1]:
+        pytest.skip(f"not below the highest level of this processor: {', '.join(native_levels())}")
+    selection = "shapes or map_layouts or beyond or follows"
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", selection, __file__]
+    environment = {**os.environ, "ANNNET_CPU_LEVEL": level}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
