@@ -162,7 +162,7 @@ def _gpu() -> list[Case]:
 def _paper() -> list[Case]:
     """The table of Zhu et al. 2019, section 4.3: one image, 2048 channels, evaluation, against the non-local block."""
     return [
-        apnb(size, channels=2048, dtype=dtype, tags=("paper", f"paper-{device}"))[0]
+        apnb(size, channels=2048, dtype=dtype, tags=(f"paper-{device}",))[0]
         for device, dtype in (("cpu", "float32"), ("gpu", "float32"), ("gpu", "bfloat16"))
         for size in ((96, 96), (128, 128), (128, 256))
     ]

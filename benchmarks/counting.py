@@ -94,6 +94,8 @@ def _moves_nothing(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bo
     """Uninitialised memory, and views in all but name."""
     if "empty" in func.name():
         return True
+    if func._schema.is_mutable:
+        return False
     return len(inputs) == len(outputs) == 1 and inputs[0].untyped_storage() is outputs[0].untyped_storage()
 
 

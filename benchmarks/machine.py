@@ -41,7 +41,6 @@ def keep_large_blocks() -> dict[str, Any]:
         mallopt = ctypes.CDLL(None).mallopt
         accepted = mallopt(_M_MMAP_THRESHOLD, _INT_MAX) == 1 and mallopt(_M_TRIM_THRESHOLD, _INT_MAX) == 1
         record["setting"] = "mallopt(M_MMAP_THRESHOLD, M_TRIM_THRESHOLD) = 2 GiB" + ("" if accepted else ", refused")
-        torch.empty(2**30, dtype=torch.uint8)  # one block to grow the heap: pieces of it serve what follows
     else:
         record["setting"] = "as the system has it"
     record["page_faults_after"] = _page_faults()
@@ -49,10 +48,10 @@ def keep_large_blocks() -> dict[str, Any]:
 
 
 def _page_faults() -> int:
-    """Pages that the system must supply for the second and third of three tensors of 64 MiB."""
+    """Pages that the system must supply for the last two of a dozen tensors of 64 MiB, once reuse has settled."""
     before = 0
-    for repetition in range(3):
-        if repetition == 1:
+    for repetition in range(12):
+        if repetition == 10:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.empty(64 * 2**20, dtype=torch.uint8).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before

@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from .providers import COPY, OURS
 from .report import Record, describe, rows
@@ -60,10 +61,13 @@ def _speedup(record: Record) -> Any:
     axes.set_yticks([p for p, _ in ticks], [n.replace(", ", "\n", 1) for _, n in ticks], fontsize=6)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("time ÷ time of ours (logarithmic; right of 1: ours is faster)")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
-    axes.legend(handles, names, fontsize=7, loc="lower right")
+    axes.legend(handles, names, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     axes.set_title(describe(record), fontsize=8)
     return figure
 
@@ -83,7 +87,8 @@ def _roofline(record: Record) -> Any:
     figure, axes = plt.subplots(figsize=(8, 5))
     bandwidth = limits["copy_bytes_per_s"]
     intensities = [p["flop"] / p["traffic"] for _, p in points]
-    low, high = min(intensities) / 2, max(*intensities, *(2 * r / bandwidth for r in rates.values()))
+    knees = [rate / bandwidth for rate in rates.values()]
+    low, high = min(intensities + knees) / 2, max(intensities + knees) * 2
     for dtype, rate in rates.items():
         knee = rate / bandwidth
         axes.plot([low, knee, high], [low * bandwidth, rate, rate], color="black", linewidth=0.8)
@@ -106,7 +111,10 @@ def _roofline(record: Record) -> Any:
     axes.set_xlabel("FLOP per byte that the operators move")
     axes.set_ylabel("FLOP/s")
     handles = [plt.Line2D([], [], color="black", marker=m, linestyle="") for m in markers.values()]
-    axes.legend(handles, list(markers), fontsize=7, loc="lower right", title="red: ours, gray: peers", title_fontsize=7)
+    title = "red: ours, gray: peers"
+    axes.legend(
+        handles, list(markers), fontsize=7, title=title, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 0.5)
+    )
     axes.set_title(f"{describe(record)}: limits measured here", fontsize=8)
     return figure
 

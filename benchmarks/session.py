@@ -48,15 +48,7 @@ class Session:
         self.device = device
         self.console = console
         self.features = features.Features(pictures, device)
-        self.record: dict[str, Any] = {
-            "schema": SCHEMA,
-            "environment": machine.environment(device),
-            "limits": {},
-            "input": {"pictures": [p.name for p in pictures], "features": features.NOTE},
-            "definitions": DEFINITIONS,
-            "cases": [],
-            "not_run": [],
-        }
+        self.record = new_record(device, pictures)
 
     def measure_limits(self, dtypes: Iterable[str]) -> None:
         """Copy bandwidth and the fastest large product, in each of these dtypes."""
@@ -87,16 +79,34 @@ class Session:
         self.save()
 
     def save(self) -> None:
-        """Write the record; a reader never meets half a file."""
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.record, indent=1, ensure_ascii=False) + "\n")
-        temporary.replace(self.path)
+        """Write the record as it stands."""
+        save(self.record, self.path)
+
+
+def new_record(device: torch.device, pictures: Sequence[Path]) -> dict[str, Any]:
+    """A record without cases: the environment, the input, what the numbers mean."""
+    return {
+        "schema": SCHEMA,
+        "environment": machine.environment(device),
+        "limits": {},
+        "input": {"pictures": [p.name for p in pictures], "features": features.NOTE},
+        "definitions": DEFINITIONS,
+        "cases": [],
+        "not_run": [],
+    }
 
 
 def _share(cases: Sequence[Case]) -> float:
     """Of the time left for these cases, the part of the first; a compilation counts like the case itself."""
     weights = [_WEIGHTS[case.subject] * (2 if case.compiled else 1) for case in cases]
     return weights[0] / sum(weights)
+
+
+def save(record: dict[str, Any], path: Path) -> None:
+    """Write a record; a reader never meets half a file."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    temporary.replace(path)
 
 
 def load(path: Path) -> dict[str, Any]:
