@@ -2,6 +2,7 @@
 
 from .backends import last_backend, use_backend
 from .blocks import AFNB, APNB
+from .folding import fold_for_inference
 from .functional import asymmetric_attention, pyramid_pool, token_regions
 from .model import ANNNet
 from .reference import NonLocalBlock
@@ -15,6 +16,7 @@ __all__ = [
     "ANNNet",
     "NonLocalBlock",
     "asymmetric_attention",
+    "fold_for_inference",
     "last_backend",
     "pyramid_pool",
     "replace_blocks",

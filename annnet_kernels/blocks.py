@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from . import checks
 from .collapse import Parts, Projection, collapsed_forward, why_plain
+from .folding import Foldable, explain
 from .reference.blocks import AttentionStage, PlainAFNB, PlainAPNB, PyramidPooling
 
 
-class AFNB(PlainAFNB):
+class AFNB(Foldable, PlainAFNB):
     """Asymmetric fusion non-local block: queries from a high-level map, keys and values from a low-level one.
 
     Drop-in for the published module: same constructor, parameters, state-dict keys, outputs, gradients and running
@@ -53,17 +54,23 @@ class AFNB(PlainAFNB):
     """
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        parts = published_parts(self)
+        parts = self.parts()
         checks.block_inputs(low=(low, parts.key.conv), high=(high, parts.query.conv))
         if why_plain(parts) is not None:
             return super().forward(low, high)
+        if (fold := self.current_fold()) is not None:
+            return self.run_folded(fold, parts, low, high)
         return collapsed_forward(parts, low, high)
 
+    def parts(self) -> Parts:
+        """The modules that the collapse reads."""
+        return published_parts(self)
+
     def extra_repr(self) -> str:
-        return _explain(published_parts(self))
+        return explain(self)
 
 
-class APNB(PlainAPNB):
+class APNB(Foldable, PlainAPNB):
     """Asymmetric pyramid non-local block: refines one map, with one projection for queries and keys.
 
     Drop-in for the published module, as :class:`AFNB`. The published forward calls the shared projection twice, so one
@@ -90,14 +97,20 @@ class APNB(PlainAPNB):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = published_parts(self)
+        parts = self.parts()
         checks.block_inputs(x=(x, parts.query.conv))
         if why_plain(parts) is not None:
             return super().forward(x)
+        if (fold := self.current_fold()) is not None:
+            return self.run_folded(fold, parts, x, x)
         return collapsed_forward(parts, x, x)
 
+    def parts(self) -> Parts:
+        """The modules that the collapse reads."""
+        return published_parts(self)
+
     def extra_repr(self) -> str:
-        return _explain(published_parts(self))
+        return explain(self)
 
 
 def published_parts(block: PlainAFNB | PlainAPNB) -> Parts:
@@ -132,8 +145,3 @@ def _published_projection(module: nn.Module) -> Projection:
     conv, normalise = cast(nn.Sequential, module)
     norm, activation = cast(nn.Sequential, normalise)
     return Projection(cast(nn.Conv2d, conv), norm, activation)
-
-
-def _explain(parts: Parts) -> str:
-    reason = why_plain(parts)
-    return "collapsed" if reason is None else f"published forward, because of {reason}"

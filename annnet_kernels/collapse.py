@@ -65,7 +65,7 @@ class Parts(NamedTuple):
 def collapsed_forward(parts: Parts, low: Tensor, high: Tensor) -> Tensor:
     """The block's output (B, C_out, H, W) from low (B, C_l, H_l, W_l) and high (B, C_h, H, W)."""
     value = _token_values(parts, pyramid_pool(low, parts.pool_sizes))
-    constant = _constant(parts)
+    constant = constant_of(parts)
     if parts.join is None:
         addend = constant[:, None, None].expand(high.shape[0], -1, *high.shape[2:])
     else:
@@ -144,16 +144,21 @@ def _token_values(parts: Parts, pooled: Tensor) -> Tensor:
     """
     batch, _, tokens = pooled.shape
     with torch.autocast(pooled.device.type, enabled=False):
-        accumulator = torch.promote_types(pooled.dtype, torch.float32)
-        matrices = [conv.weight.flatten(1).t() for conv in (parts.value, parts.out)]
-        if parts.join is not None:
-            matrices.append(parts.join.weight[:, : parts.out.out_channels].flatten(1).t())
-        rows = pooled.transpose(1, 2).flatten(0, 1)
-        values: Tensor = torch.linalg.multi_dot([m.to(accumulator) for m in (rows, *matrices)])
+        matrices = matrices_of(parts)
+        rows = pooled.transpose(1, 2).flatten(0, 1).to(matrices[0].dtype)
+        values: Tensor = torch.linalg.multi_dot([rows, *matrices])
         return values.view(batch, tokens, values.shape[1]).transpose(1, 2)
 
 
-def _constant(parts: Parts) -> Tensor:
+def matrices_of(parts: Parts) -> list[Tensor]:
+    """W_vᵀ, Wᵀ and, with a bottleneck, W_1ᵀ: their product maps a pooled row to its token; float32 at least."""
+    weights = [parts.value.weight, parts.out.weight]
+    if parts.join is not None:
+        weights.append(parts.join.weight[:, : parts.out.out_channels])
+    return [weight.flatten(1).t().to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
+
+
+def constant_of(parts: Parts) -> Tensor:
     """c, (C_out): what the biases amount to once they have passed through A unchanged; float32 at least."""
     with torch.autocast(parts.value.weight.device.type, enabled=False):
         constant = _affine(parts.out.weight, _bias(parts.value), _bias(parts.out))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -129,6 +129,10 @@ class ANNNet(nn.Module):
         if self.dsn is None or not self.training:
             return logits
         return logits, self._resize(self.dsn(low), x.shape[2:])
+
+    def convolution_behind_fusion(self) -> nn.Conv2d | None:
+        """The convolution that alone reads the AFNB's output; None where a subclass may route it otherwise."""
+        return cast(nn.Conv2d, self.context[0]) if type(self).forward is ANNNet.forward else None
 
     def _resize(self, logits: Tensor, size: torch.Size) -> Tensor:
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=self.align_corners)

@@ -122,7 +122,7 @@ def attend_rectified(
     norm: Normalization,
     key: Tensor | None,
     value: Tensor,
-    addend: Tensor,
+    addend: Tensor | None,
     pool_sizes: Sequence[tuple[int, int]],
 ) -> Tensor:
     """Attention of queries relu(z) over tokens, plus ``addend``; ``key=None`` pools the keys from the same map."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import checks
 from .blocks import published_parts
 from .collapse import HOOKS, Parts, Projection, collapsed_forward, why_plain
+from .folding import Foldable, explain
 from .reference.blocks import PlainAFNB, PlainAPNB
 
 
@@ -104,6 +105,8 @@ def restore_blocks(model: nn.Module) -> ReplacementReport:
     report = ReplacementReport()
     for name, block in model.named_modules():
         if isinstance(block, _FusedForward):
+            block.unfold()
+            vars(block).pop("_fold", None)
             block.__class__ = type(block).original  # type: ignore[assignment]
             report.replaced[name] = f"{type(block).__name__} restored"
     return report
@@ -120,22 +123,25 @@ def _why_not(block: nn.Module, dialect: Dialect, verify: bool) -> str | None:
     return reason
 
 
-class _FusedForward(nn.Module):
+class _FusedForward(Foldable):
     """The forward of a replaced block; mixed in before the block's own class."""
 
     original: type[nn.Module]
     dialect: str
 
     def forward(self, *maps: Tensor) -> Any:
-        parts = _dialect(type(self).dialect).parts(self)
+        parts = self.parts()
         if why_plain(parts) is not None:
             return type(self).original.forward(self, *maps)
+        if (fold := self.current_fold()) is not None:
+            return self.run_folded(fold, parts, maps[0], maps[-1])
         return collapsed_forward(parts, maps[0], maps[-1])
 
+    def parts(self) -> Parts:
+        return _dialect(type(self).dialect).parts(self)
+
     def extra_repr(self) -> str:
-        reason = why_plain(_dialect(type(self).dialect).parts(self))
-        state = "collapsed" if reason is None else f"published forward, because of {reason}"
-        return ", ".join(filter(None, (type(self).original.extra_repr(self), state)))
+        return ", ".join(filter(None, (type(self).original.extra_repr(self), explain(self))))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (type(self).original, type(self).dialect), self.__dict__.copy()

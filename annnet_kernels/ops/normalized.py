@@ -90,21 +90,21 @@ class NormalizedAttention(torch.autograd.Function):
         heights: list[int],
         widths: list[int],
         backend: str | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         vectors = mean, invstd, weight, bias
-        if key is None:
-            key = torch.ops.annnet.pyramid_pool_bn_relu(y, *vectors, heights, widths)
-        out, logsumexp = torch.ops.annnet.asymmetric_attention_bn_relu(y, *vectors, key, value, addend, scale)
-        return out, logsumexp, key
+        pooled = None if key is not None else torch.ops.annnet.pyramid_pool_bn_relu(y, *vectors, heights, widths)
+        tokens = pooled if key is None else key
+        out, logsumexp = torch.ops.annnet.asymmetric_attention_bn_relu(y, *vectors, tokens, value, addend, scale)
+        return out, logsumexp, pooled
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
         y, mean, invstd, weight, bias, ctx.shift, key, value, _, ctx.samples, ctx.group, ctx.scale, *constants = inputs
         ctx.constants = constants
         ctx.shared = key is None
-        _, logsumexp, used_key = output
-        ctx.mark_non_differentiable(logsumexp, used_key)
-        ctx.save_for_backward(y, mean, invstd, weight, bias, used_key, value, logsumexp)
+        _, logsumexp, pooled = output
+        ctx.mark_non_differentiable(*(logsumexp,) if pooled is None else (logsumexp, pooled))
+        ctx.save_for_backward(y, mean, invstd, weight, bias, key if pooled is None else pooled, value, logsumexp)
 
     @staticmethod
     @once_differentiable

@@ -1,0 +1,292 @@
+"""Folding for inference: products of weights are made once, and an AFNB merges with the convolution behind it.
+
+With running statistics every batch norm is affine, so a block becomes
+
+    out = A·(PᵀX_l M) + X_h Ŵᵀ + ĉ    (then ReLU in an APNB)
+
+with M = (s ∘ W_1 W W_v)ᵀ, Ŵ = s ∘ W_2, ĉ = s ∘ c + t for the tail's scale s and shift t. An AFNB has no ReLU at its
+end, so a convolution K behind it is affine in the same three terms, and their 2048-channel sum is never made:
+
+    K(out) = (K Ŵ)(X_h) + (K Mᵀ PᵀX_l)(A) + K(ĉ),    K(ĉ) over a constant map that ends at the border.
+
+A fold is used only without gradients and outside compiled code, and only as long as every parameter and buffer it was
+made from is the same, unchanged tensor.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checks
+from .collapse import HOOKS, Parts, constant_of, matrices_of, why_plain
+from .functional import pyramid_pool
+from .normalization import FUSABLE_NORMS, attend_rectified, normalization, pool_rectified, uses_batch_statistics
+
+
+class FoldedBlock(NamedTuple):
+    """The weight products of one block, with the tail's batch norm in them; float32 at least."""
+
+    token_matrix: Tensor  # M, (C_l, C_out)
+    weight: Tensor | None  # Ŵ, (C_out, C_h, 1, 1); None without a bottleneck
+    constant: Tensor  # ĉ, (C_out)
+    relu: bool
+
+
+class FoldedPair(NamedTuple):
+    """The weight products of an AFNB and the convolution behind it."""
+
+    high_weight: Tensor  # K Ŵ, (O, C_h, k, k)
+    token_weight: Tensor  # K Mᵀ, (O, k, k, C_l)
+    constant_weight: Tensor  # K ĉ, (O, k, k)
+
+
+class Fold:
+    """What a block was folded into, and the tensors it was made from. A copy of it is no fold: it copies as None."""
+
+    def __init__(self, module: nn.Module, parts: Parts, conv: nn.Conv2d | None = None) -> None:
+        self._sources = [t for m in (module, conv) if m is not None for t in (*m.parameters(), *m.buffers())]
+        self._made_from = self._fingerprint()
+        self._convolved: weakref.ref[Tensor] | None = None
+        self.conv = conv
+        with torch.no_grad():
+            self.block = fold_block(parts)
+            self.pair = fold_pair(self.block, conv) if conv is not None else None
+
+    def _fingerprint(self) -> list[tuple[int, int, int]]:
+        return [(id(t), t._version, t.data_ptr()) for t in self._sources]
+
+    def is_current(self) -> bool:
+        """Whether the module still is what was folded."""
+        return self._fingerprint() == self._made_from
+
+    def forward(self, parts: Parts, low: Tensor, high: Tensor, *, merge: bool) -> Tensor:
+        """The block's output, or with ``merge`` that of the convolution behind it, which will let it pass."""
+        if not merge or self.pair is None or self.conv is None:
+            return folded_forward(self.block, parts, low, high)
+        out = merged_forward(self.pair, self.conv, parts, low, high)
+        self._convolved = weakref.ref(out)
+        return out
+
+    def has_convolved(self, x: Tensor) -> bool:
+        """Whether ``x`` is the latest output of a merged forward."""
+        return self._convolved is not None and self._convolved() is x
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+class Foldable(nn.Module):
+    """A block that can be folded. Whatever makes it train unfolds it."""
+
+    _fold: Fold | None = None
+
+    def parts(self) -> Parts:
+        """The modules that the collapse reads."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Foldable:
+        if mode:
+            self.unfold()
+        return super().train(mode)
+
+    def unfold(self) -> None:
+        """Forget what was folded, and give the convolution behind the block its own forward back."""
+        if self._fold is not None and self._fold.conv is not None:
+            self._fold.conv.__class__ = nn.Conv2d
+            del self._fold.conv._fold
+        self._fold = None
+
+    def current_fold(self) -> Fold | None:
+        """The fold, if it may be used now: without gradients, outside compiled code, with nothing changed since."""
+        if self._fold is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if not self._fold.is_current():
+            self.unfold()
+        return self._fold
+
+    def run_folded(self, fold: Fold, parts: Parts, low: Tensor, high: Tensor) -> Tensor:
+        """Merged with the convolution behind it, unless somebody watches what the block itself returns."""
+        return fold.forward(parts, low, high, merge=not any(getattr(self, hooks) for hooks in HOOKS))
+
+
+def explain(block: Foldable) -> str:
+    """How ``block`` runs, for its ``repr``."""
+    reason = why_plain(block.parts())
+    if reason is not None:
+        return f"published forward, because of {reason}"
+    return "collapsed" if block._fold is None else "collapsed, folded"
+
+
+class _FollowingConv2d(nn.Conv2d):
+    """A convolution that lets pass what the folded block ahead has convolved already."""
+
+    _fold: Fold | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self._fold is not None and self._fold.has_convolved(x) else super().forward(x)
+
+
+@dataclass
+class FoldReport:
+    """What :func:`fold_for_inference` did: ``folded`` and ``skipped`` map module names to how and why."""
+
+    folded: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"folded {name or '(the model)'}: {how}" for name, how in self.folded.items()]
+        lines += [f"skipped {name or '(the model)'}: {why}" for name, why in self.skipped.items()]
+        return "\n".join(lines) or "No asymmetric non-local blocks found."
+
+
+def fold_for_inference(model: nn.Module) -> FoldReport:
+    """Fold batch norms and weight products of every AFNB and APNB of ``model`` once, for calls without gradients.
+
+    In an :class:`annnet_kernels.ANNNet` the AFNB also merges with the 3 × 3 convolution behind it. Outputs stay the
+    same up to rounding, parameters and state dict do not change. ``train()``, ``load_state_dict`` or any other change
+    of a parameter or buffer undoes a block's fold, a copy of the model is not folded, and calls with gradients enabled
+    or from compiled code do not use it. Costs memory for the products: one C_out × (C_l + C_h) matrix per block, and
+    one kernel of that depth per merged convolution.
+
+    Args:
+        model: a module in evaluation mode, holding blocks of this package or replaced ones.
+
+    Returns:
+        A report of every block that was folded or skipped, and why; ``print`` it.
+
+    Raises:
+        TypeError: ``model`` is no module instance.
+        ValueError: a block of ``model`` is in training mode.
+
+    Example:
+        >>> import annnet_kernels as ak
+        >>> print(ak.fold_for_inference(ak.APNB(64, 64, 32, 32).eval()))
+        folded (the model): alone
+    """
+    checks.module("model", model)
+    blocks = {name: m for name, m in model.named_modules() if isinstance(m, Foldable)}
+    for name, block in blocks.items():
+        if block.training:
+            raise ValueError(f"model: expected evaluation mode, got {name or 'the model'} in training mode")
+    followers = {id(block): conv for m in model.modules() for block, conv in _pairs(m)}
+    report = FoldReport()
+    for name, block in blocks.items():
+        parts = block.parts()
+        reason = why_not_folded(parts)
+        if reason is not None:
+            report.skipped[name] = reason
+            continue
+        block.unfold()
+        conv = followers.get(id(block))
+        block._fold = Fold(block, parts, conv)
+        if conv is not None:
+            conv.__class__ = _FollowingConv2d
+            conv._fold = block._fold  # type: ignore[assignment]
+        report.folded[name] = "alone" if conv is None else "merged with the convolution behind it"
+    return report
+
+
+def _pairs(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Conv2d]]:
+    """Blocks whose output goes, inactive dropout apart, to one convolution and nowhere else."""
+    following = getattr(type(module), "convolution_behind_fusion", None)
+    if following is not None:
+        conv = following(module)
+        if type(conv) in (nn.Conv2d, _FollowingConv2d) and conv.groups == 1 and conv.padding_mode == "zeros":
+            yield module.fusion, conv  # type: ignore[misc]
+
+
+def why_not_folded(parts: Parts) -> str | None:
+    """Why a block cannot be folded; None if it can."""
+    reason = why_plain(parts)
+    if reason is not None:
+        return reason
+    norms = [parts.key.norm, parts.query.norm, *parts.tail[:1]]
+    for norm in norms:
+        if type(norm) not in FUSABLE_NORMS:
+            return f"{type(norm).__name__} is no batch norm"
+        if uses_batch_statistics(norm):
+            return f"{type(norm).__name__} has no running statistics"
+    for projection in (parts.key, parts.query):
+        if type(projection.activation) is not nn.ReLU:
+            return f"{type(projection.activation).__name__} in the place of ReLU"
+    kinds = [type(m) for m in parts.tail[1:] if not isinstance(m, nn.modules.dropout._DropoutNd)]
+    return None if kinds in ([], [nn.ReLU]) else f"a tail of {', '.join(kind.__name__ for kind in kinds)}"
+
+
+def fold_block(parts: Parts) -> FoldedBlock:
+    """The weight products of a block in evaluation mode."""
+    value, *others = matrices_of(parts)
+    token_matrix = torch.linalg.multi_dot([value, *others])
+    constant = constant_of(parts)
+    if parts.join is None:
+        return FoldedBlock(token_matrix, None, constant, relu=False)
+    weight = parts.join.weight[:, parts.out.out_channels :].to(constant.dtype)
+    norm: Any = parts.tail[0]
+    dtype = constant.dtype
+    scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight.to(dtype)
+    shift = -norm.running_mean.to(dtype) * scale
+    shift = shift if norm.bias is None else shift + norm.bias.to(dtype)
+    relu = any(type(m) is nn.ReLU for m in parts.tail)
+    return FoldedBlock(token_matrix * scale, weight * scale[:, None, None, None], constant * scale + shift, relu)
+
+
+def fold_pair(block: FoldedBlock, conv: nn.Conv2d) -> FoldedPair:
+    """The weight products of a folded AFNB and the convolution that follows it."""
+    assert block.weight is not None
+    kernel = conv.weight.to(block.constant.dtype)
+    return FoldedPair(
+        torch.einsum("omhw,mc->ochw", kernel, block.weight.flatten(1)),
+        torch.einsum("omhw,cm->ohwc", kernel, block.token_matrix).contiguous(),
+        torch.einsum("omhw,m->ohw", kernel, block.constant),
+    )
+
+
+def folded_forward(block: FoldedBlock, parts: Parts, low: Tensor, high: Tensor) -> Tensor:
+    """The output of a folded block, (B, C_out, H, W)."""
+    pooled = pyramid_pool(low, parts.pool_sizes)
+    with torch.autocast(low.device.type, enabled=False):
+        value = torch.matmul(block.token_matrix.t(), pooled.to(block.token_matrix.dtype))
+    if block.weight is None:
+        addend = block.constant[:, None, None].expand(high.shape[0], -1, *high.shape[2:])
+    else:
+        dtype = parts.query.conv.weight.dtype
+        addend = F.conv2d(high, block.weight.to(dtype), block.constant.to(dtype))
+    out = _attend(parts, low, high, value, addend)
+    return out.relu_() if block.relu else out
+
+
+def merged_forward(pair: FoldedPair, conv: nn.Conv2d, parts: Parts, low: Tensor, high: Tensor) -> Tensor:
+    """The output of the convolution behind a folded AFNB, (B, O, H', W')."""
+    pooled = pyramid_pool(low, parts.pool_sizes)
+    batch, _, tokens = pooled.shape
+    # The attention itself as a map, and a last channel of ones (its rows sum to 1) that carries the constant.
+    selector = torch.cat([torch.eye(tokens), torch.ones(1, tokens)]).to(pooled).expand(batch, -1, -1)
+    attention = _attend(parts, low, high, selector, None)
+    with torch.autocast(low.device.type, enabled=False):
+        kernels = torch.matmul(pair.token_weight, pooled.to(pair.token_weight.dtype)[:, None, None])
+        constant = pair.constant_weight[:, :, :, None].expand(batch, -1, -1, -1, -1)
+        kernels = torch.cat([kernels, constant], dim=4).permute(0, 1, 4, 2, 3)
+    geometry: Any = (conv.stride, conv.padding, conv.dilation)
+    out = F.conv2d(high, pair.high_weight.to(conv.weight.dtype), conv.bias, *geometry)
+    for image in range(batch):  # every image has kernels of its own
+        out[image].add_(F.conv2d(attention[image], kernels[image].to(attention.dtype), None, *geometry))
+    return out
+
+
+def _attend(parts: Parts, low: Tensor, high: Tensor, value: Tensor, addend: Tensor | None) -> Tensor:
+    y = F.conv2d(high, parts.query.conv.weight, parts.query.conv.bias)
+    key = None
+    if parts.key is not parts.query:
+        raw = F.conv2d(low, parts.key.conv.weight, parts.key.conv.bias)
+        key = pool_rectified(raw, normalization(parts.key.norm, raw), parts.pool_sizes)
+    addend = None if addend is None else addend.to(y.dtype)
+    norm = normalization(parts.query.norm, y)
+    return attend_rectified(y, norm, key, value.to(y.dtype), addend, parts.pool_sizes)

@@ -1,0 +1,153 @@
+"""fold_for_inference: exact, borders included; undone by any change; never used where gradients are wanted."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from test_blocks import CLASSES, build, draw_maps, randomise
+from test_model import tiny
+from torch import nn
+
+import annnet_kernels as ak
+from annnet_kernels import folding
+from annnet_kernels.reference import PlainAFNB
+
+
+def model():
+    """A small ANNNet in float64 evaluation mode with nothing left at zero or one, and a picture."""
+    net = tiny(aux=False).double()
+    for block in (net.fusion, net.context[2]):
+        randomise(block)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+    return net.eval(), torch.randn(2, 3, 65, 49, dtype=torch.float64)
+
+
+def runs_folded(module, monkeypatch, *maps):
+    """Whether a call without gradients uses a fold."""
+    used = []
+    for name in ("folded_forward", "merged_forward"):
+        real = getattr(folding, name)
+        monkeypatch.setattr(folding, name, lambda *a, real=real, name=name: used.append(name) or real(*a))
+    with torch.no_grad():
+        module(*maps)
+    monkeypatch.undo()
+    return used
+
+
+@pytest.mark.parametrize("options", [{}, {"bottleneck": False}, {"psp_size": (2, (3, 5))}])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_folded_block_equals_the_unfolded(kind, options, monkeypatch):
+    fused, _ = build(kind, **options)
+    fused.eval()
+    maps = draw_maps(kind)
+    expected = fused(*maps).detach()
+    report = ak.fold_for_inference(fused)
+    assert str(report) == "folded (the model): alone"
+    assert runs_folded(fused, monkeypatch, *maps) == ["folded_forward"]
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(*maps), expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_folded_model_merges_the_convolution_exactly_borders_included(layout, monkeypatch):
+    net, x = model()
+    net = net.to(memory_format=layout)
+    expected = net(x).detach()
+    state = copy.deepcopy(net.state_dict())
+    report = ak.fold_for_inference(net)
+    assert report.folded == {"fusion": "merged with the convolution behind it", "context.2": "alone"}
+    assert runs_folded(net, monkeypatch, x) == ["merged_forward", "folded_forward"]
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), expected, rtol=1e-10, atol=1e-11)
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+
+
+def optimizer_step(net):
+    with torch.no_grad():
+        net.context[0].weight.mul_(1.5)
+
+
+def load(net):
+    net.load_state_dict({key: value * 1.25 if "W.weight" in key else value for key, value in net.state_dict().items()})
+
+
+def train_and_back(net):
+    net.train().eval()
+
+
+@pytest.mark.parametrize("change", [optimizer_step, load, train_and_back])
+def test_a_change_undoes_the_fold(change, monkeypatch):
+    net, x = model()
+    ak.fold_for_inference(net)
+    change(net)
+    assert "merged_forward" not in runs_folded(net, monkeypatch, x)
+    expected = copy.deepcopy(net)(x)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), expected)
+    assert type(net.context[0]) is nn.Conv2d
+    assert "_fold" not in vars(net.context[0])
+
+
+def test_gradients_and_compiled_code_do_not_use_a_fold(monkeypatch):
+    net, x = model()
+    ak.fold_for_inference(net)
+    net(x).sum().backward()
+    assert net.fusion.stages[0].f_value.weight.grad.abs().sum() > 0
+    torch._dynamo.reset()
+    compiled = torch.compile(net.context[2], fullgraph=True, backend="eager")
+    assert runs_folded(compiled, monkeypatch, torch.randn(2, 16, 5, 6, dtype=torch.float64)) == []
+
+
+def test_a_watched_block_still_returns_its_own_output():
+    net, x = model()
+    seen = []
+    net.fusion.register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad():
+        expected = net(x)
+        ak.fold_for_inference(net)
+        torch.testing.assert_close(net(x), expected)
+    torch.testing.assert_close(*seen)
+
+
+def test_copies_are_not_folded_and_work(monkeypatch):
+    net, x = model()
+    ak.fold_for_inference(net)
+    with torch.no_grad():
+        expected = net(x)
+        for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+            assert runs_folded(twin, monkeypatch, x) == []
+            torch.testing.assert_close(twin(x), expected)
+            ak.fold_for_inference(twin)
+            assert "merged_forward" in runs_folded(twin, monkeypatch, x)
+    assert "merged_forward" in runs_folded(net, monkeypatch, x)
+
+
+def test_replaced_blocks_fold_and_restoring_unfolds(monkeypatch):
+    block = PlainAFNB(5, 6, 7, 4, 3).double()
+    randomise(block)
+    block.eval()
+    maps = torch.randn(2, 5, 8, 7, dtype=torch.float64), torch.randn(2, 6, 6, 5, dtype=torch.float64)
+    expected = block(*maps).detach()
+    ak.replace_blocks(block)
+    ak.fold_for_inference(block)
+    assert "collapsed, folded" in repr(block)
+    assert runs_folded(block, monkeypatch, *maps) == ["folded_forward"]
+    with torch.no_grad():
+        torch.testing.assert_close(block(*maps), expected)
+    ak.restore_blocks(block)
+    assert type(block) is PlainAFNB
+    assert "_fold" not in vars(block)
+
+
+def test_what_cannot_be_folded_is_named():
+    assert str(ak.fold_for_inference(nn.Linear(2, 2).eval())) == "No asymmetric non-local blocks found."
+    report = ak.fold_for_inference(ak.APNB(4, 4, 4, 4, norm_layer=lambda channels: nn.GroupNorm(2, channels)).eval())
+    assert report.skipped == {"": "GroupNorm is no batch norm"}
+    with pytest.raises(ValueError, match="model: expected evaluation mode, got 1 in training mode"):
+        ak.fold_for_inference(nn.Sequential(nn.ReLU(), ak.APNB(4, 4, 4, 4)))
+    with pytest.raises(TypeError, match="model: expected an instance of torch"):
+        ak.fold_for_inference("model")
