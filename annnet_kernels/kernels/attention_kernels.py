@@ -164,7 +164,7 @@ def asymmetric_attention_bwd_pixels_kernel(
     BLOCK_TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A = exp(scale · QKᵀ − logsumexp), dS = A ∘ (dA − rowsum(A ∘ dA)) with dA = G Vᵀ, dQ = scale · dS K.
+    """A = softmax(scale · QKᵀ), dS = A ∘ (dA − rowsum(A ∘ dA)) with dA = G Vᵀ, dQ = scale · dS K.
 
     Grid: (B · ⌈N / BLOCK_PIXELS⌉,). A program owns BLOCK_PIXELS pixels of one image.
     grad (B, Cv, H, W), query and dquery (B, Ck, H, W), logsumexp (B, N), attention and dlogits
@@ -173,26 +173,36 @@ def asymmetric_attention_bwd_pixels_kernel(
     batch, first_pixel, inside, n_pixels = _pixel_block(pixel_groups, PIXEL_MULTIPLE, BLOCK_PIXELS)
     query_pixels = pixel_pointers(query, batch, first_pixel, width, BLOCK_PIXELS)
     grad_pixels = pixel_pointers(grad, batch, first_pixel, width, BLOCK_PIXELS)
-    row = first_pixel + tl.arange(0, BLOCK_PIXELS)
-    logsumexp = tl.load(logsumexp_ptr + batch * n_pixels + row, mask=inside, other=0.0)
 
-    # Several blocks of tokens need their common rowsum first.
-    rowsum = tl.zeros((BLOCK_PIXELS,), tl.float32)
-    if not ONE_BLOCK and dlogits_ptr is not None:
+    if not ONE_BLOCK:
+        # The logsumexp is a rounded number: what its rounding does to all weights of a row is divided out again.
+        row = first_pixel + tl.arange(0, BLOCK_PIXELS)
+        logsumexp = tl.load(logsumexp_ptr + batch * n_pixels + row, mask=inside, other=0.0)
+        total = tl.zeros((BLOCK_PIXELS,), tl.float32)
+        rowsum = tl.zeros((BLOCK_PIXELS,), tl.float32)
         for first_token in range(0, key.count, BLOCK_TOKENS):
             logits = _logits(
                 query, norm, query_pixels, inside, key, batch, first_token, scale, key_chunk, BLOCK_TOKENS, PRECISION
             )
-            dattention = _scores(
-                grad, None, grad_pixels, inside, value, batch, first_token, value_chunk, BLOCK_TOKENS, PRECISION
-            )
-            rowsum += tl.sum(tl.exp(logits - logsumexp[:, None]) * dattention, 1)
+            weights = tl.exp(logits - logsumexp[:, None])
+            total += tl.sum(weights, 1)
+            if dlogits_ptr is not None:
+                dattention = _scores(
+                    grad, None, grad_pixels, inside, value, batch, first_token, value_chunk, BLOCK_TOKENS, PRECISION
+                )
+                rowsum += tl.sum(weights * dattention, 1)
+        rowsum = rowsum / total
 
     for first_token in range(0, BLOCK_TOKENS if ONE_BLOCK else key.count, BLOCK_TOKENS):
         logits = _logits(
             query, norm, query_pixels, inside, key, batch, first_token, scale, key_chunk, BLOCK_TOKENS, PRECISION
         )
-        attention = tl.exp(logits - logsumexp[:, None])
+        if ONE_BLOCK:
+            weights = tl.exp(logits - tl.max(logits, 1)[:, None])
+            total = tl.sum(weights, 1)
+        else:
+            weights = tl.exp(logits - logsumexp[:, None])
+        attention = weights * (1.0 / total)[:, None]
         if attention_ptr is not None:
             target, mask = _scratch_tile(
                 attention_ptr, batch, n_pixels, first_pixel, inside, first_token, scratch_tokens, BLOCK_TOKENS

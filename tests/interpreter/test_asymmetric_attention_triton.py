@@ -1,0 +1,274 @@
+"""The Triton attention: errors, layouts, gradient flags, blocks of tokens, splits, isolation, memory manners."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from attention_rule import assert_accurate, plain_attention, random_tokens
+from helpers import LAYOUTS, Results, assert_as_accurate_as_plain, random_map
+from torch import Tensor
+
+import annnet_kernels as ak
+from annnet_kernels.backends import interpreting
+from annnet_kernels.kernels import asymmetric_attention as launches
+from annnet_kernels.kernels.launch import INTERPRETER, device_of, product_precision
+
+DEVICE = "cpu" if interpreting() else "cuda"
+DTYPES = (torch.float32, torch.float16) if interpreting() else (torch.float32, torch.float16, torch.bfloat16)
+
+# batch, key channels, value channels, height, width, tokens
+SHAPES = (
+    (1, 64, 96, 9, 17, 110),  # the fast case; pixels are no multiple of a block
+    (2, 19, 48, 5, 17, 7),
+    (2, 48, 19, 1, 37, 64),  # one row; a full short block of tokens
+    (2, 40, 24, 1, 1, 128),  # one pixel; a full block of tokens
+    (1, 16, 20, 12, 11, 1),  # one token: the softmax is constant
+    (1, 16, 36, 5, 9, 129),  # one token more than a block
+    (1, 16, 16, 3, 5, 1024),  # many tokens
+    (1, 1, 1, 2, 2, 2),
+)
+
+
+@pytest.fixture(autouse=True)
+def _triton_backend():
+    with ak.use_backend("triton"):
+        yield
+
+
+def assert_triton_accurate(shape, dtype, **options):
+    assert_accurate(shape, dtype, "triton", device=DEVICE, **options)
+    assert ak.last_backend("asymmetric_attention") == ak.last_backend("asymmetric_attention_bwd") == "triton"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_accuracy_of_shapes(shape, dtype):
+    assert_triton_accurate(shape, dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 1024, 3, 5, 50), (1, 512, 19, 3, 5, 13)], ids=str)
+def test_accuracy_of_wide_channels(shape):
+    assert_triton_accurate(shape, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_accuracy_of_map_layouts(layout, dtype):
+    assert_triton_accurate((2, 19, 21, 7, 9, 23), dtype, map_layout=layout)
+
+
+@pytest.mark.parametrize("layout", ["channels", "slice", "expanded"])
+def test_accuracy_of_token_layouts(layout):
+    assert_triton_accurate((2, 19, 21, 7, 9, 23), torch.float32, map_layout="channels_last", token_layout=layout)
+
+
+@pytest.mark.parametrize(("dtype", "tokens"), [*((dtype, 110) for dtype in DTYPES), (torch.float32, 200)])
+@pytest.mark.parametrize("magnitude", [8.0, 300.0])
+def test_accuracy_of_peaked_softmax(magnitude, tokens, dtype):
+    """Logits of standard deviation 8, then in the hundreds."""
+    assert_triton_accurate((1, 32, 24, 5, 13, tokens), dtype, magnitude=magnitude)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_accuracy_of_unusual_scales(scale):
+    assert_triton_accurate((1, 16, 24, 9, 11, 30), torch.float32, scale=scale)
+
+
+def odd_operands(dtype: torch.dtype, layout: str = "nchw", tokens: int = 43) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """query, key, value, grad_out; pixels enough for several blocks and splits."""
+    query = random_map((2, 13, 11, 13), dtype, layout, DEVICE)
+    grad = random_map((2, 18, 11, 13), dtype, layout, DEVICE)
+    return query, *(random_tokens(2, c, tokens, dtype, device=DEVICE) for c in (13, 18)), grad
+
+
+def forward_and_backward(query, key, value, grad, needs=(True, True, True)):
+    out, logsumexp = torch.ops.annnet.asymmetric_attention(query, key, value, 0.2)
+    gradients = torch.ops.annnet.asymmetric_attention_bwd(
+        grad, query, key, value, logsumexp, 0.2, list(needs), "triton"
+    )
+    return out, logsumexp, *gradients
+
+
+def backward_plan(query, key, value, grad, needs=(True, True, True), device=None):
+    gradients = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+    wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+    logsumexp = query.new_empty((query.shape[0], query.shape[2] * query.shape[3]), dtype=torch.float32)
+    precision = product_precision(query.dtype)
+    device = device or device_of(query)
+    return launches.plan_backward(grad, query, None, key, value, logsumexp, 0.2, *wanted, precision, device)
+
+
+def test_sum_over_pixels_is_split():
+    """Or the tests of this file would not see the reduction of partial sums."""
+    names = [launch.kernel.__name__ for launch in backward_plan(*odd_operands(torch.float32), device=INTERPRETER)]
+    assert names.count("asymmetric_attention_sum_splits_kernel") == 2
+
+
+@pytest.mark.parametrize("tokens", [43, 150])
+@pytest.mark.parametrize("needs", tuple(itertools.product((True, False), repeat=3)), ids=str)
+def test_gradients_that_are_not_needed(needs, tokens):
+    operands = odd_operands(torch.float32, tokens=tokens)
+    wanted, everything = forward_and_backward(*operands, needs=needs), forward_and_backward(*operands)
+    for needed, ours, full in zip(needs, wanted[2:], everything[2:], strict=True):
+        assert torch.equal(ours, full) if needed else ours.shape == (0,)
+
+
+def test_gradients_that_are_not_needed_cost_nothing():
+    operands = odd_operands(torch.float32)
+    assert backward_plan(*operands, needs=(False, False, False)) == []
+    query_only = backward_plan(*operands, needs=(True, False, False))
+    assert [launch.kernel.__name__ for launch in query_only] == ["asymmetric_attention_bwd_pixels_kernel"]
+    assert query_only[0].arguments["attention_ptr"] is query_only[0].arguments["dlogits_ptr"] is None
+    value_only = backward_plan(*operands, needs=(False, False, True))
+    assert value_only[0].arguments["dlogits_ptr"] is value_only[0].arguments["dquery"] is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bitwise_deterministic(dtype):
+    operands = odd_operands(dtype)
+    for first, second in zip(forward_and_backward(*operands), forward_and_backward(*operands), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize(("layout", "tokens"), [("nchw", 43), ("channels_last", 43), ("nchw", 150)])
+def test_non_finite_pixel_spoils_only_its_own_output(layout, tokens, bad):
+    query, key, value, grad = odd_operands(torch.float32, layout, tokens)
+    clean_out, _, clean_dquery, *_ = forward_and_backward(query, key, value, grad)
+    spoilt = query.clone()
+    spoilt[1, 4, 7, 5] = bad
+    out, _, dquery, *_ = forward_and_backward(spoilt, key, value, grad)
+    for ours, clean in ((out, clean_out), (dquery, clean_dquery)):
+        assert ours[1, :, 7, 5].isnan().all()
+        ours[1, :, 7, 5] = clean[1, :, 7, 5] = 0
+        assert torch.equal(ours, clean)
+
+
+def test_logsumexp():
+    query, key, value, grad = odd_operands(torch.float32)
+    _, logsumexp, *_ = forward_and_backward(query, key, value, grad)
+    truth = (query.double().flatten(2).transpose(1, 2) @ key.double() * 0.2).logsumexp(dim=2)
+    torch.testing.assert_close(logsumexp.double(), truth, rtol=1e-6, atol=1e-6)
+
+
+def test_batch_of_none():
+    query, key, value, grad = (x[:0] for x in odd_operands(torch.float32))
+    shapes = [tuple(x.shape) for x in forward_and_backward(query, key, value, grad)]
+    assert shapes == [(0, 18, 11, 13), (0, 11 * 13), (0, 13, 11, 13), (0, 13, 43), (0, 18, 43)]
+
+
+def surrounded(x: Tensor, filling: float) -> tuple[Tensor, Tensor]:
+    """A copy of x of the same strides in the middle of memory filled with ``filling``, and that memory."""
+    margin = 4096
+    span = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    memory = torch.full((span + 2 * margin,), filling, dtype=x.dtype, device=x.device)
+    inside = memory.as_strided(x.shape, x.stride(), margin)
+    inside.copy_(x)
+    return inside, memory
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "transposed"])
+@pytest.mark.parametrize("tokens", [43, 150])
+def test_touches_nothing_beyond_its_tensors(tokens, layout):
+    """Inputs lie in memory full of NaN, outputs in memory that must not change."""
+    operands = odd_operands(torch.float16, layout, tokens)
+    expected = forward_and_backward(*operands)
+    query, key, value, grad = (surrounded(x, float("nan"))[0] for x in operands)
+    outputs = [surrounded(torch.zeros_like(x), 7.0) for x in expected]
+    untouched = [memory.clone() for _, memory in outputs]
+    out, logsumexp, *gradients = (inside for inside, _ in outputs)
+    launches.asymmetric_attention(query, key, value, 0.2, out, logsumexp)
+    launches.asymmetric_attention_bwd(grad, query, key, value, logsumexp, 0.2, (True, True, True), *gradients)
+    for (ours, memory), reference, before in zip(outputs, expected, untouched, strict=True):
+        assert torch.equal(ours, reference)
+        ours.zero_()
+        assert torch.equal(memory, before)
+
+
+def test_offsets_beyond_32_bits():
+    """Strides whose products exceed 2³¹ elements, on memory that is mostly never touched."""
+    height, width, channels = 2, 3, 3
+    stride = 2**30 + 5
+    memory = torch.empty(channels * stride, dtype=torch.float16, device=DEVICE)
+    query = memory.as_strided((1, channels, height, width), (0, stride, width, 1))
+    query.copy_(torch.randn(1, channels, height, width))
+    key, value = (
+        random_tokens(1, channels, 5, torch.float16, device=DEVICE),
+        random_tokens(1, 4, 5, torch.float16, device=DEVICE),
+    )
+    far, near = (torch.ops.annnet.asymmetric_attention(q, key, value, 1.0)[0] for q in (query, query.clone()))
+    assert torch.equal(far, near)
+
+
+# The prologue and the addend
+
+
+def random_norm(channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mean, invstd, weight, bias."""
+    draw = torch.randn(4, channels, device=DEVICE)
+    return draw[0], draw[1].abs() + 0.5, draw[2], draw[3]
+
+
+def truth_of_normalised(y, norm, key, value, addend, grad):
+    """Output and gradients of z, key and value in float64."""
+    mean, invstd, weight, bias = (v.double()[None, :, None, None] for v in norm)
+    z = ((y.double() - mean) * invstd * weight + bias).relu().requires_grad_()
+    leaves = [z, *(x.double().requires_grad_() for x in (key, value))]
+    with ak.use_backend("reference"):
+        out = ak.asymmetric_attention(*leaves, 0.2)
+        gradients = torch.autograd.grad(out, leaves, grad.double())
+    return out if addend is None else out + addend.double(), *gradients
+
+
+def named(results) -> Results:
+    return dict(zip(("out", "dz", "dkey", "dvalue"), results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("layout", "tokens", "with_addend"),
+    [*((layout, 43, True) for layout in LAYOUTS), ("nchw", 43, False), ("channels_last", 150, True)],
+)
+def test_prologue_and_addend(layout, tokens, with_addend, dtype):
+    def run(seed):
+        y = random_map((1, 13, 7, 11), dtype, layout, DEVICE)
+        key, value = (random_tokens(1, c, tokens, dtype, device=DEVICE) for c in (13, 18))
+        grad = random_map((1, 18, 7, 11), dtype, layout, DEVICE)
+        addend = random_map((1, 18, 7, 11), dtype, layout, DEVICE) if with_addend else None
+        norm = random_norm(13)
+
+        def results(backend):
+            with ak.use_backend(backend):
+                out, logsumexp = torch.ops.annnet.asymmetric_attention_bn_relu(y, *norm, key, value, addend, 0.2)
+            gradients = torch.ops.annnet.asymmetric_attention_bn_relu_bwd(
+                grad, y, *norm, key, value, logsumexp, 0.2, [True, True, True], backend
+            )
+            return named((out, *gradients))
+
+        plain = plain_of_normalised(y, norm, key, value, addend, grad)
+        return results("triton"), named(plain), named(truth_of_normalised(y, norm, key, value, addend, grad))
+
+    assert_as_accurate_as_plain(run, dtype)
+    assert ak.last_backend("asymmetric_attention_bn_relu") == "triton"
+    assert ak.last_backend("asymmetric_attention_bn_relu_bwd") == "triton"
+
+
+def plain_of_normalised(y, norm, key, value, addend, grad):
+    """The published operations in the dtype of y: batch norm in float32, rounded; attention; sum."""
+    mean, invstd, weight, bias = (v[None, :, None, None] for v in norm)
+    z = ((y.float() - mean) * invstd * weight + bias).to(y.dtype).relu().requires_grad_()
+    leaves = [z, *(x.detach().requires_grad_() for x in (key, value))]
+    out = plain_attention(*leaves, 0.2)
+    gradients = torch.autograd.grad(out, leaves, grad)
+    return out if addend is None else out + addend, *gradients
+
+
+def test_rectifying_keeps_nan():
+    y = torch.randn(1, 8, 3, 5, device=DEVICE)
+    y[0, 2, 1, 1] = float("nan")
+    key, value = (random_tokens(1, c, 9, torch.float32, device=DEVICE) for c in (8, 6))
+    out, _ = torch.ops.annnet.asymmetric_attention_bn_relu(y, *random_norm(8), key, value, None, 0.2)
+    assert out[0, :, 1, 1].isnan().all()
+    assert out.isnan().sum() == 6
