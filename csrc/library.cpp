@@ -15,6 +15,15 @@ TORCH_LIBRARY(annnet_native, m) {
       "pyramid_pool_bwd(Tensor grad, int[] map_size, int[] heights, int[] widths, bool channels_last, Tensor(a!) dx) "
       "-> ()");
   m.def(
+      "pyramid_pool_bn_relu(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, int[] heights, "
+      "int[] widths, Tensor(a!) out) -> ()");
+  m.def(
+      "bn_relu_bwd_sums(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, Tensor? grad_tokens, "
+      "Tensor? grad_map, int[] heights, int[] widths, Tensor(a!) sums) -> ()");
+  m.def(
+      "bn_relu_bwd_input(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, Tensor? grad_tokens, "
+      "Tensor? grad_map, Tensor? mean_sums, int[] heights, int[] widths, Tensor(a!) dy) -> ()");
+  m.def(
       "asymmetric_attention(Tensor query, Tensor key, Tensor value, float scale, Tensor(a!) out, "
       "Tensor(b!) logsumexp) -> ()");
   m.def(

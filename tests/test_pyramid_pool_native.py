@@ -164,6 +164,7 @@ def test_a_non_finite_pixel_reaches_only_its_bins(layout: str, bad: float) -> No
     y, column, channel = 16, 20, 3  # in two bins of the levels of 3 and 6: on their edges
     x[0, channel, y, column] = bad
     spoiled = ~_pool(x, list(SIZES), list(SIZES)).isfinite()
+    regions = ak.token_regions(SIZES, (33, 40))
     holds = torch.tensor([r.top <= y < r.bottom and r.left <= column < r.right for r in regions])
     assert 4 < holds.sum() < 20
     assert torch.equal(spoiled[0, channel], holds)

@@ -2,12 +2,14 @@
 #pragma once
 
 #include "asymmetric_attention.h"
+#include "bn_relu_pool.h"
 #include "pyramid_pool.h"
 
 namespace annnet {
 
 struct Kernels {
   AsymmetricAttentionKernels asymmetric_attention;
+  BnReluPoolKernels bn_relu_pool;
   PyramidPoolKernels pyramid_pool;
 };
 

@@ -44,6 +44,11 @@ struct PoolTokens {
   int64_t batch, channel, token;
 };
 
+// z = relu((y − mean) · invstd · weight + bias); vectors of accumulators, one element per channel.
+struct PoolNorm {
+  const void *mean, *invstd, *weight, *bias;
+};
+
 struct PoolArgs {
   PoolAxis rows, columns;
   const PoolLevel* levels;
@@ -51,6 +56,7 @@ struct PoolArgs {
   int64_t channels, block;       // block is a multiple of 16
   PoolMap map;
   PoolTokens tokens;
+  PoolNorm norm;  // for the kernels that normalise and rectify on load
 };
 
 // One unit: channels channel … channel + count - 1 of an image, count ≤ block.
@@ -68,6 +74,8 @@ struct PyramidPoolKernels {
 
   Sum sum_rows[kDtypes];      // any map; fast if map.column is 1
   Sum sum_channels[kDtypes];  // map.channel is 1
+  Sum sum_rows_bn_relu[kDtypes];
+  Sum sum_channels_bn_relu[kDtypes];
   Finish finish[kDtypes];
   Spread spread_rows[kDtypes];      // map.column is 1
   Spread spread_channels[kDtypes];  // map.channel is 1

@@ -81,6 +81,45 @@ ANNNET_INLINE int64_t token_of(const PoolLevel& level, int64_t row_bin, int64_t 
   return level.token + (row_bin - level.first_row_bin) * level.row_stride + column * level.column_stride;
 }
 
+// ---- what is done to a vector of the map when it is loaded ----
+
+template <class T>
+struct Plain {
+  ANNNET_INLINE static Plain of_channel(const PoolNorm&, int64_t) { return {}; }
+  ANNNET_INLINE static Plain of_channels(const PoolNorm&, int64_t, int64_t) { return {}; }
+  ANNNET_INLINE Vec<T> operator()(Vec<T> x) const { return x; }
+};
+
+// y − mean comes first: a single scale and shift would cancel where the mean is large. The ReLU lets NaN pass.
+template <class T>
+struct BnRelu {
+  Vec<T> mean, invstd, weight, bias;
+
+  // One channel in all lanes.
+  ANNNET_INLINE static BnRelu of_channel(const PoolNorm& norm, int64_t channel) {
+    const auto spread = [&](const void* vector) { return broadcast<T>(static_cast<const Acc<T>*>(vector)[channel]); };
+    return {spread(norm.mean), spread(norm.invstd), spread(norm.weight), spread(norm.bias)};
+  }
+
+  // A channel per lane.
+  ANNNET_INLINE static BnRelu of_channels(const PoolNorm& norm, int64_t channel, int64_t count) {
+    const auto part = [&](const void* vector) {
+      return load_channels(static_cast<const Acc<T>*>(vector) + channel, 1, count);
+    };
+    return {part(norm.mean), part(norm.invstd), part(norm.weight), part(norm.bias)};
+  }
+
+  ANNNET_INLINE Vec<T> normal(Vec<T> y) const { return (y - mean) * invstd; }
+  ANNNET_INLINE Vec<T> operator()(Vec<T> y) const {
+    const Vec<T> z = normal(y) * weight + bias;
+    return z <= 0 ? Vec<T>{} : z;
+  }
+  // Of what lies behind the ReLU with respect to what lies ahead of it.
+  ANNNET_INLINE Vec<T> gradient(Vec<T> y, Vec<T> grad) const {
+    return normal(y) * weight + bias <= 0 ? Vec<T>{} : grad;
+  }
+};
+
 // ---- forward ----
 
 // bins[k] = Σ of the segments that bin k holds, for `count` channels.
@@ -98,15 +137,15 @@ void bins_from_segments(const PoolAxis& axis, int64_t count, const Acc<T>* segme
 }
 
 // sums[x] = Σ over rows of column x, for `count` columns.
-template <class T>
+template <class T, class Read>
 ANNNET_INLINE void sum_over_rows(const T* map, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t count,
-                                 Acc<T>* sums) {
+                                 const Read& read, Acc<T>* sums) {
   if (column_stride == 1 && count >= kLanes<T>) {
     for_vectors<T>(count, [&](int64_t x) {
       Vec<T> sum = {};
       for (int64_t y = 0; y < rows; ++y) {
         prefetch(map + y * row_stride + x);
-        sum += load(map + y * row_stride + x);
+        sum += read(load(map + y * row_stride + x));
       }
       store(sums + x, sum);
     });
@@ -115,7 +154,7 @@ ANNNET_INLINE void sum_over_rows(const T* map, int64_t row_stride, int64_t colum
   for (int64_t x = 0; x < count; x += kLanes<T>) {
     Vec<T> sum = {};
     for (int64_t y = 0; y < rows; ++y)
-      sum += load_channels(map + y * row_stride + x * column_stride, column_stride, count - x);
+      sum += read(load_channels(map + y * row_stride + x * column_stride, column_stride, count - x));
     store(sums + x, sum);
   }
 }
@@ -127,7 +166,7 @@ struct Walk {
   int64_t stride, batch;
 };
 
-template <class T>
+template <class T, template <class> class Read>
 void sum_rows(const PoolArgs& args, PoolUnit unit, int64_t first, int64_t last, void* bins, void* scratch) {
   const PoolAxis& columns = args.columns;
   const int64_t width = columns.segment_start[columns.segments];
@@ -145,9 +184,10 @@ void sum_rows(const PoolArgs& args, PoolUnit unit, int64_t first, int64_t last, 
         const int64_t count = width - left < kLine ? width - left : kLine;
         for (int64_t lane = 0; lane < lanes; ++lane) {
           const T* channel = map + (group + lane) * args.map.channel + left * args.map.column;
+          const auto read = Read<T>::of_channel(args.norm, unit.channel + group + lane);
           for (int64_t row = s; row < end; ++row) {
             const int64_t top = args.rows.segment_start[row], bottom = args.rows.segment_start[row + 1];
-            sum_over_rows(channel + top * args.map.row, args.map.row, args.map.column, bottom - top, count,
+            sum_over_rows(channel + top * args.map.row, args.map.row, args.map.column, bottom - top, count, read,
                           lines + lane * kLine + (row - s) * walk.stride);
           }
         }
@@ -178,19 +218,20 @@ void sum_rows(const PoolArgs& args, PoolUnit unit, int64_t first, int64_t last, 
 }
 
 // Adds neighbouring pixels to `sums`: `count` ≤ lanes channels of each.
-template <class T>
-ANNNET_INLINE void add_pixels(const T* source, int64_t stride, int64_t pixels, int64_t count, Acc<T>* sums) {
+template <class T, class Read>
+ANNNET_INLINE void add_pixels(const T* source, int64_t stride, int64_t pixels, int64_t count, const Read& read,
+                              Acc<T>* sums) {
   Vec<T> sum = load(sums);
   for (int64_t x = 0; x < pixels; ++x) {
     prefetch(source + x * stride);
-    sum += load_channels(source + x * stride, 1, count);
+    sum += read(load_channels(source + x * stride, 1, count));
   }
   store(sums, sum);
 }
 
 // Channels of one pixel lie together: the lanes. Three neighbouring pixels, say, are added to the sums of a segment at
 // a time, which stay in the first-level cache.
-template <class T>
+template <class T, template <class> class Read>
 void sum_channels(const PoolArgs& args, PoolUnit unit, int64_t first, int64_t last, void* bins, void* scratch) {
   const PoolAxis& columns = args.columns;
   const T* map = static_cast<const T*>(args.map.data) + unit.image * args.map.batch + unit.channel;
@@ -203,10 +244,13 @@ void sum_channels(const PoolArgs& args, PoolUnit unit, int64_t first, int64_t la
       memset(sums, 0, static_cast<size_t>(args.block) * sizeof(Acc<T>));
       for (int64_t y = args.rows.segment_start[row]; y < args.rows.segment_start[row + 1]; ++y) {
         const T* line = source + y * args.map.row;
+        const auto add = [&](int64_t c, int64_t count) {
+          const auto read = Read<T>::of_channels(args.norm, unit.channel + c, count);
+          add_pixels(line + c, args.map.column, pixels, count, read, sums + c);
+        };
         int64_t c = 0;
-        for (; c + kLanes<T> <= unit.count; c += kLanes<T>)
-          add_pixels(line + c, args.map.column, pixels, kLanes<T>, sums + c);
-        if (c < unit.count) add_pixels(line + c, args.map.column, pixels, unit.count - c, sums + c);
+        for (; c + kLanes<T> <= unit.count; c += kLanes<T>) add(c, kLanes<T>);
+        if (c < unit.count) add(c, unit.count - c);
       }
     }
     bins_from_segments<T>(columns, args.block, segments, args.block,
@@ -274,44 +318,52 @@ void cells_of_row_segment(const PoolArgs& args, PoolUnit unit, int64_t block, in
   }
 }
 
-// All rows of a segment are the same: one is made, transposed from the cells, and written out several times.
+// Channels first … first + count - 1 of a unit, as many as there are.
+ANNNET_INLINE PoolUnit part_of(PoolUnit unit, int64_t first, int64_t count) {
+  return {unit.image, unit.channel + first, unit.count - first < count ? unit.count - first : count};
+}
+
+// The gradient of a row segment in columns left … left + count - 1, a line per channel of a unit of up to kLanes: all
+// rows of the segment are this. The cells are made with the first piece (left 0), kept in `workspace`, and transposed.
+template <class T, class Line>
+ANNNET_INLINE void lines_of_row_segment(const PoolArgs& args, PoolUnit unit, int64_t row_segment, int64_t left,
+                                        int64_t count, Acc<T>* workspace, Line* lines) {
+  const PoolAxis& columns = args.columns;
+  Acc<T>* cells = workspace;
+  if (left == 0)
+    cells_of_row_segment<T>(args, unit, kLanes<T>, row_segment, cells + columns.segments * kLanes<T>, cells);
+  int64_t segment = 0;
+  while (columns.segment_start[segment + 1] <= left) ++segment;
+  for (int64_t x = 0; x < count; x += kLanes<T>) {
+    Vec<T> square[kLanes<T>];
+    for (int64_t i = 0; i < kLanes<T>; ++i) {
+      square[i] = load(cells + segment * kLanes<T>);
+      segment += left + x + i + 1 == columns.segment_start[segment + 1] && segment + 1 < columns.segments;
+    }
+    transpose(square);
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane) store(lines + lane * kLine + x, square[lane]);
+  }
+}
+
 template <class T>
 void spread_rows(const PoolArgs& args, PoolUnit unit, int64_t first, int64_t last, void* scratch) {
-  const PoolAxis& columns = args.columns;
-  const int64_t width = columns.segment_start[columns.segments];
-  T* map = static_cast<T*>(args.map.data) + unit.image * args.map.batch + unit.channel * args.map.channel;
+  const int64_t width = args.columns.segment_start[args.columns.segments];
+  T* map = static_cast<T*>(args.map.data) + unit.image * args.map.batch;
   T* lines = static_cast<T*>(scratch);
-  Acc<T>* cells = reinterpret_cast<Acc<T>*>(lines + kLanes<T> * kLine);
-  Acc<T>* column_bins = cells + columns.segments * kLanes<T>;
+  Acc<T>* workspace = reinterpret_cast<Acc<T>*>(lines + kLanes<T> * kLine);
   const Walk walk(width);
   for (int64_t group = 0; group < unit.count; group += kLanes<T>) {
-    const int64_t lanes = unit.count - group < kLanes<T> ? unit.count - group : kLanes<T>;
+    const PoolUnit part = part_of(unit, group, kLanes<T>);
     for (int64_t s = first; s < last; s += walk.batch) {
       const int64_t end = s + walk.batch < last ? s + walk.batch : last;
-      int64_t segment = 0;
       for (int64_t left = 0; left < width; left += kLine) {
         const int64_t count = width - left < kLine ? width - left : kLine;
-        for (int64_t row = s; row < end; ++row) {
-          if (left == 0) {
-            cells_of_row_segment<T>(args, {unit.image, unit.channel + group, lanes}, kLanes<T>, row, column_bins,
-                                    cells);
-            segment = 0;
-          }
-          for (int64_t x = 0; x < count; x += kLanes<T>) {
-            Vec<T> square[kLanes<T>];
-            for (int64_t i = 0; i < kLanes<T>; ++i) {
-              square[i] = load(cells + segment * kLanes<T>);
-              segment += left + x + i + 1 == columns.segment_start[segment + 1] && segment + 1 < columns.segments;
-            }
-            transpose(square);
-            for (int64_t lane = 0; lane < kLanes<T>; ++lane)
-              store(lines + lane * kLine + (row - s) * walk.stride + x, square[lane]);
-          }
-        }
-        for (int64_t lane = 0; lane < lanes; ++lane) {
+        for (int64_t row = s; row < end; ++row)
+          lines_of_row_segment<T>(args, part, row, left, count, workspace, lines + (row - s) * walk.stride);
+        for (int64_t lane = 0; lane < part.count; ++lane) {
           for (int64_t row = s; row < end; ++row) {
             const T* line = lines + lane * kLine + (row - s) * walk.stride;
-            T* channel = map + (group + lane) * args.map.channel + left;
+            T* channel = map + (part.channel + lane) * args.map.channel + left;
             for (int64_t y = args.rows.segment_start[row]; y < args.rows.segment_start[row + 1]; ++y)
               write_out(channel + y * args.map.row, line, count);
           }
@@ -340,10 +392,14 @@ void spread_channels(const PoolArgs& args, PoolUnit unit, int64_t first, int64_t
 }
 
 #define ANNNET_PER_DTYPE(kernel) {kernel<float>, kernel<double>, kernel<BFloat16>, kernel<Float16>}
+#define ANNNET_PER_DTYPE_READING(kernel, Read) \
+  {kernel<float, Read>, kernel<double, Read>, kernel<BFloat16, Read>, kernel<Float16, Read>}
 
 constexpr PyramidPoolKernels pyramid_pool_kernels = {
-    .sum_rows = ANNNET_PER_DTYPE(sum_rows),
-    .sum_channels = ANNNET_PER_DTYPE(sum_channels),
+    .sum_rows = ANNNET_PER_DTYPE_READING(sum_rows, Plain),
+    .sum_channels = ANNNET_PER_DTYPE_READING(sum_channels, Plain),
+    .sum_rows_bn_relu = ANNNET_PER_DTYPE_READING(sum_rows, BnRelu),
+    .sum_channels_bn_relu = ANNNET_PER_DTYPE_READING(sum_channels, BnRelu),
     .finish = ANNNET_PER_DTYPE(finish),
     .spread_rows = ANNNET_PER_DTYPE(spread_rows),
     .spread_channels = ANNNET_PER_DTYPE(spread_channels),
