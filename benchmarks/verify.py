@@ -2,8 +2,8 @@
 
 Ours by the project's rule: the median over the seeds of the relative error is at most 1.5 times that of plain PyTorch
 in the same dtype, plus a floor for rounding noise. A peer may round more, up to 10 times plain's: wrong means wrong
-mathematics. Plain PyTorch itself must stay below an absolute bound. Gradients in float32 behind more than 10⁵ values
-ahead of a ReLU get an allowance: among so many, some lie within rounding of zero and switch on or off by chance.
+mathematics. Plain PyTorch itself must stay below an absolute bound. Gradients get an allowance where so many values
+lie ahead of a ReLU that some are within rounding of zero and switch on or off by chance.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FACTOR = 1.5
 PEER_FACTOR = 10.0
 FLOOR = {"float64": 1e-13, "float32": 1e-7, "float16": 1e-4, "bfloat16": 1e-3}
 BOUND = {"float64": 1e-10, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-MAX_RELU_VALUES = 10**5
+RARE = 0.1  # switching values expected in one run, below which a median of five does not meet one
 NON_LOCAL_SIDE = 33
 KEEP = 0.95  # of the channels, by the blocks' Dropout2d
 
@@ -234,8 +234,13 @@ def _judge(name: str, found: dict[str, float], baseline: dict[str, float] | None
 
 
 def _allowance(case: Case) -> float:
-    """What a few switched ReLU values change in a float32 gradient, relative to its norm."""
-    if case.dtype != "float32" or case.subject not in (*BLOCKS, MODEL):
+    """What ReLU values that switch by chance change in a gradient, relative to its norm.
+
+    Of n values, n · 4ε lie within rounding of zero, k of them switch, and change the gradient by √(k / n). Ours and
+    plain switch other ones; that much is in plain's own error, up to a fluctuation of about one part in √n.
+    """
+    if case.subject not in (*BLOCKS, MODEL):
         return 0.0
     values = case.batch * prod(case.map_size) * (KEY_CHANNELS + (case.out_channels if case.subject == "APNB" else 0))
-    return 4 / sqrt(values) if values > MAX_RELU_VALUES else 0.0
+    near_zero = values * 4 * torch.finfo(getattr(torch, case.dtype)).eps
+    return 2 / sqrt(values) if near_zero > RARE else 0.0
