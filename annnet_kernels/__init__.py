@@ -7,6 +7,7 @@ from .functional import asymmetric_attention, pyramid_pool, token_regions
 from .model import ANNNet
 from .reference import NonLocalBlock
 from .replace import replace_blocks, restore_blocks
+from .warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -23,4 +24,5 @@ __all__ = [
     "restore_blocks",
     "token_regions",
     "use_backend",
+    "warmup",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from .pyramid_pool import (
     layout_examples,
     layout_of,
     levels_argument,
+    norm_arguments,
     parts_of,
     plan_forward,
     stride_arguments,
@@ -134,7 +134,7 @@ def _plan_pass(
     count = y.shape[0] * parts.splits * parts.tiles
     arguments = {
         "y_ptr": y,
-        "norm": norm,
+        **norm_arguments(norm),
         "grad_ptr": grad_tokens,
         "map_ptr": grad_map,
         "mean_sums_ptr": mean_sums,
@@ -164,9 +164,8 @@ def launch_variants(device: Device) -> Iterator[tuple[str, str, Launch]]:
             sums = y.new_empty((2, channels), dtype=torch.float32)
             launches = plan_forward(y, norm, POOL_SIZES, POOL_SIZES, tokens, device)
             for grad_tokens, grad_map in ((tokens, dense), (tokens, None), (None, dense)):
-                gradients: tuple[Any, ...] = (y, norm, grad_tokens, grad_map)
-                launches += plan_sums(*gradients, POOL_SIZES, POOL_SIZES, sums, device)
+                launches += plan_sums(y, norm, grad_tokens, grad_map, POOL_SIZES, POOL_SIZES, sums, device)
                 for means in (sums, None):
-                    launches += plan_input(*gradients, means, POOL_SIZES, POOL_SIZES, dense, device)
+                    launches += plan_input(y, norm, grad_tokens, grad_map, means, POOL_SIZES, POOL_SIZES, dense, device)
             for launch in launches:
                 yield str(dtype).removeprefix("torch."), name, launch

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .pool_spread_kernels import pass_edge, start_walk
 from .pool_walk import (
+    NORM,
     first_rows,
     load_vectors,
     next_row,
@@ -17,17 +18,21 @@ from .pool_walk import (
     part_mask,
     part_offsets,
     part_origin,
+    row_offset,
+    run_time,
     store_row,
 )
 
-SIZES = ["n_channels", "height", "width", "tile_columns", "split_rows"]
-POINTERS = ["y_ptr", "norm", "grad_ptr", "map_ptr", "mean_sums_ptr", "dy_ptr", "partial_ptr"]
+_POINTERS = ["y_ptr", *NORM, "grad_ptr", "map_ptr", "mean_sums_ptr", "dy_ptr", "partial_ptr"]
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
+@triton.jit(do_not_specialize=run_time("y", "grad", "map", "dy"), do_not_specialize_on_alignment=_POINTERS)
 def bn_relu_bwd_kernel(
     y_ptr,
-    norm,
+    mean_ptr,
+    invstd_ptr,
+    weight_ptr,
+    bias_ptr,
     grad_ptr,
     map_ptr,
     mean_sums_ptr,
@@ -80,7 +85,7 @@ def bn_relu_bwd_kernel(
 
     y_offsets = part_offsets(y_channel_stride, y_column_stride, INNER, BLOCK_CHANNELS, BLOCK_COLUMNS)
     mask = part_mask(channels, columns, n_channels, right, INNER, VECTOR)
-    mean, invstd, weight, bias = load_vectors(norm, channels, n_channels)
+    mean, invstd, weight, bias = load_vectors(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, n_channels)
     rows = bottom - top
     y_origin = y_ptr + part_origin(
         batch, first_channel, top, left, y_batch_stride, y_channel_stride, y_row_stride, y_column_stride, INNER
@@ -131,7 +136,7 @@ def bn_relu_bwd_kernel(
         if dy_ptr is not None:
             if mean_sums_ptr is not None:
                 gradient = gradient - mean_g - normal * mean_gy
-            store_row(dy_origin + k * dy_row_stride, scale * gradient, dy_offsets, mask, INNER, VECTOR)
+            store_row(dy_origin + row_offset(k, dy_row_stride), scale * gradient, dy_offsets, mask, INNER, VECTOR)
         else:
             sum_g += tl.where(mask, gradient, 0.0)
             sum_gy += tl.where(mask, gradient * normal, 0.0)

@@ -12,12 +12,16 @@ partial sums.
 ``LEVELS`` holds per level h, w and the sums over the earlier levels of h · w, h and w.
 """
 
+# mypy: disable-error-code="assignment"
+# A tuple grows here by one tile per level.
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from .pool_walk import (
+    NORM,
     bin_edges,
     bins_between,
     first_rows,
@@ -28,11 +32,11 @@ from .pool_walk import (
     part_offsets,
     part_origin,
     rectified,
+    run_time,
     store_channels,
 )
 
-UNALIGNED = ["x_ptr", "norm", "out_ptr", "partial_ptr", "grad_ptr", "dx_ptr"]
-SIZES = ["n_channels", "height", "width", "tile_columns", "split_rows"]
+_POINTERS = ["x_ptr", *NORM, "out_ptr", "partial_ptr"]
 
 
 @triton.jit
@@ -96,10 +100,13 @@ def _write_row_bin(
             store_channels(partial + slot * n_channels, total, channels, n_channels, INNER, VECTOR)
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(do_not_specialize=run_time("x"), do_not_specialize_on_alignment=_POINTERS)
 def pyramid_pool_fwd_kernel(
     x_ptr,
-    norm,
+    mean_ptr,
+    invstd_ptr,
+    weight_ptr,
+    bias_ptr,
     out_ptr,
     partial_ptr,
     n_channels,
@@ -119,7 +126,7 @@ def pyramid_pool_fwd_kernel(
     ROWS_AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Every token of x, or of relu((x − mean) · invstd · weight + bias) where ``norm`` is given.
+    """Every token of x, or of relu((x − mean) · invstd · weight + bias) where the vectors (C,) are given.
 
     Grid: (B · ⌈C / BLOCK_CHANNELS⌉ · R · K,). x (B, C, H, W) by strides, out (B, T, C), partial (B, slots, C) float32.
     """
@@ -152,8 +159,8 @@ def pyramid_pool_fwd_kernel(
 
     offsets = part_offsets(x_channel_stride, x_column_stride, INNER, BLOCK_CHANNELS, BLOCK_COLUMNS)
     mask = part_mask(channels, columns, n_channels, right, INNER, VECTOR)
-    if norm is not None:
-        mean, invstd, weight, bias = load_vectors(norm, channels, n_channels)
+    if mean_ptr is not None:
+        mean, invstd, weight, bias = load_vectors(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, n_channels)
     origin = x_ptr + part_origin(
         batch, first_channel, top, left, x_batch_stride, x_channel_stride, x_row_stride, x_column_stride, INNER
     )
@@ -162,7 +169,7 @@ def pyramid_pool_fwd_kernel(
         values, ahead = next_row(
             ahead, origin, x_row_stride, offsets, mask, r - top, bottom - top, INNER, VECTOR, ROWS_AHEAD
         )
-        if norm is not None:
+        if mean_ptr is not None:
             values = tl.where(mask, rectified(values, mean, invstd, weight, bias), 0.0)
 
         segment += values
@@ -222,7 +229,7 @@ def _combine_token(
         tl.store(out, mean.to(out.dtype.element_ty), mask=exists)
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(do_not_specialize=run_time(), do_not_specialize_on_alignment=_POINTERS)
 def pyramid_pool_combine_kernel(
     partial_ptr,
     out_ptr,

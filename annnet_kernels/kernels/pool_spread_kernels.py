@@ -5,6 +5,9 @@ edge it is made anew as a sum over the levels, each of which holds its latest ro
 is read once per part that it meets, and a pixel is written once.
 """
 
+# mypy: disable-error-code="assignment"
+# A tuple grows here by one tile per level.
+
 from __future__ import annotations
 
 import triton
@@ -18,10 +21,9 @@ from .pool_walk import (
     part_mask,
     part_offsets,
     part_origin,
+    run_time,
     store_row,
 )
-
-SIZES = ["n_channels", "height", "width", "tile_columns", "split_rows"]
 
 
 @triton.jit
@@ -115,7 +117,7 @@ def pass_edge(
     return total, edge, new_held, new_bins
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["grad_ptr", "dx_ptr"])
+@triton.jit(do_not_specialize=run_time("grad", "dx"), do_not_specialize_on_alignment=["grad_ptr", "dx_ptr"])
 def pyramid_pool_bwd_kernel(
     grad_ptr,
     dx_ptr,

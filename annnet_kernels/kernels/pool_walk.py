@@ -4,10 +4,22 @@ A program owns a block of channels, a tile of columns and a split of rows, and g
 those of ``pyramid.bin_edges``, made by integer arithmetic in the kernel: no table is copied to the device.
 """
 
+# mypy: disable-error-code="assignment"
+# A tuple grows here by one tile per row.
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+SIZES = ("n_channels", "height", "width", "tile_columns", "split_rows")
+NORM = ("mean_ptr", "invstd_ptr", "weight_ptr", "bias_ptr")
+
+
+def run_time(*names: str) -> list[str]:
+    """Sizes, and the strides of these operands: none is in the key of a compiled variant."""
+    dimensions = ("batch", "channel", "row", "column", "token")
+    return [*SIZES, *(f"{name}_{dimension}_stride" for name in names for dimension in dimensions)]
 
 
 @triton.jit
@@ -114,6 +126,12 @@ def rectified(values, mean, invstd, weight, bias):
 
 
 @triton.jit
+def row_offset(k, row_stride):
+    """64-bit, also in the interpreter, which types a stride by its value."""
+    return k * tl.cast(row_stride, tl.int64)
+
+
+@triton.jit
 def load_row(row, offsets, mask, INNER: tl.constexpr, VECTOR: tl.constexpr):
     """One row of a part, zero where there is none."""
     return tl.load(row_pointers(row, offsets, INNER, VECTOR), mask=mask, other=0.0)
@@ -126,7 +144,7 @@ def first_rows(
     """The rows that are loaded before the walk begins; ``origin`` points to the first of ``rows``."""
     ahead = ()
     for k in tl.static_range(ROWS_AHEAD):
-        ahead += (load_row(origin + k * row_stride, offsets, mask & (k < rows), INNER, VECTOR),)
+        ahead += (load_row(origin + row_offset(k, row_stride), offsets, mask & (k < rows), INNER, VECTOR),)
     return ahead
 
 
@@ -140,21 +158,21 @@ def next_row(
     Nothing else keeps memory busy during a row's arithmetic, unless the loop is pipelined (``ROWS_AHEAD`` 0).
     """
     if ROWS_AHEAD == 0:
-        return load_row(origin + k * row_stride, offsets, mask, INNER, VECTOR).to(tl.float32), ahead
+        return load_row(origin + row_offset(k, row_stride), offsets, mask, INNER, VECTOR).to(tl.float32), ahead
     else:
         later = k + ROWS_AHEAD
-        new = load_row(origin + later * row_stride, offsets, mask & (later < rows), INNER, VECTOR)
+        new = load_row(origin + row_offset(later, row_stride), offsets, mask & (later < rows), INNER, VECTOR)
         return ahead[0].to(tl.float32), ahead[1:] + (new,)  # noqa: RUF005 Triton has no unpacking
 
 
 @triton.jit
-def load_vectors(norm, channels, n_channels):
+def load_vectors(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, n_channels):
     """Mean, 1/σ, weight and bias of these channels, as columns."""
     exists = channels < n_channels
-    mean = tl.load(norm.mean + channels, mask=exists, other=0.0)
-    invstd = tl.load(norm.invstd + channels, mask=exists, other=0.0)
-    weight = tl.load(norm.weight + channels, mask=exists, other=0.0)
-    bias = tl.load(norm.bias + channels, mask=exists, other=0.0)
+    mean = tl.load(mean_ptr + channels, mask=exists, other=0.0)
+    invstd = tl.load(invstd_ptr + channels, mask=exists, other=0.0)
+    weight = tl.load(weight_ptr + channels, mask=exists, other=0.0)
+    bias = tl.load(bias_ptr + channels, mask=exists, other=0.0)
     return mean[:, None], invstd[:, None], weight[:, None], bias[:, None]
 
 

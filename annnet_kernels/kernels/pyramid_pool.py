@@ -14,6 +14,7 @@ from .launch import Device, Launch, device_of, run_all
 from .operands import Norm
 from .pool_kernels import pyramid_pool_combine_kernel, pyramid_pool_fwd_kernel
 from .pool_spread_kernels import pyramid_pool_bwd_kernel
+from .pool_walk import NORM
 from .tiles import PoolTile, least_pool_rows, pool_split_rows, pool_tile, pool_tile_columns
 
 _COMBINE_CHANNELS, _COMBINE_WARPS = 128, 1
@@ -111,6 +112,11 @@ def stride_arguments(name: str, x: Tensor | None) -> dict[str, int]:
     return {f"{name}_{d}_stride": s for d, s in zip(("batch", "channel", "row", "column"), strides, strict=True)}
 
 
+def norm_arguments(norm: Norm | None) -> dict[str, Any]:
+    """The prologue's vectors by the kernels' parameter names, None where there is no prologue."""
+    return dict(zip(NORM, (None,) * len(NORM) if norm is None else norm, strict=True))
+
+
 def tile_arguments(layout: Layout, tile: PoolTile) -> dict[str, Any]:
     """What a walk's compiled variant depends on."""
     return {
@@ -136,7 +142,7 @@ def plan_forward(
     partial = x.new_empty((x.shape[0], slots, x.shape[1]) if cut else (0,), dtype=torch.float32)
     arguments = {
         "x_ptr": x,
-        "norm": norm,
+        **norm_arguments(norm),
         "out_ptr": out,
         "partial_ptr": partial,
         **parts.sizes,

@@ -1,0 +1,270 @@
+"""The Triton pooling: errors, layouts, cuts, bytes, isolation, memory manners; the prologue and its backward."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import LAYOUTS, random_map
+from pool_rule import GRAD_LAYOUTS, assert_pool_accurate, assert_rectified_accurate, random_norm, random_token_gradient
+from torch import Tensor
+
+import annnet_kernels as ak
+from annnet_kernels.backends import interpreting
+from annnet_kernels.kernels import pyramid_pool as launches
+from annnet_kernels.kernels.launch import INTERPRETER
+from annnet_kernels.layouts import empty_tokens
+
+DEVICE = "cpu" if interpreting() else "cuda"
+DTYPES = (torch.float32, torch.float16) if interpreting() else (torch.float32, torch.float16, torch.bfloat16)
+SIZES = [1, 3, 6, 8]
+SHORT = (1, (2, 3), 5)
+SEEDS = 1 if interpreting() else 5
+"""A call takes a second or more in the interpreter. A wrong kernel is wrong by more than one draw scatters."""
+
+SHAPES = [
+    (2, 19, 13, 11),  # more than one block of channels in NCHW
+    (1, 7, 5, 3),  # fewer rows and columns than bins
+    (1, 5, 1, 20),
+    (1, 3, 20, 1),
+    (1, 2, 1, 1),
+    (1, 64, 33, 40),  # columns in several tiles, and a multiple of a vector
+]
+if not interpreting():
+    SHAPES += [(2, 512, 97, 97), (4, 256, 128, 256), (3, 80, 65, 129)]
+
+
+@pytest.fixture(autouse=True)
+def _triton_backend():
+    with ak.use_backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_accuracy_of_shapes(shape, layout):
+    assert_pool_accurate(shape, torch.float32, "triton", layout, device=DEVICE, seeds=SEEDS)
+    assert ak.last_backend("pyramid_pool") == ak.last_backend("pyramid_pool_bwd") == "triton"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS[2:])
+def test_accuracy_of_views(layout, dtype):
+    assert_pool_accurate((1, 9, 13, 11), dtype, "triton", layout, sizes=SHORT, device=DEVICE, seeds=SEEDS)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("grad_layout", GRAD_LAYOUTS[1:])
+def test_accuracy_of_gradient_layouts(grad_layout, layout):
+    assert_pool_accurate((2, 16, 9, 11), torch.float32, "triton", layout, grad_layout, SHORT, DEVICE, SEEDS)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (11,), ((2, 5), 3), (1, 2, 3, 6), (40, 2)], ids=str)
+def test_accuracy_of_pyramids(sizes):
+    assert_pool_accurate(
+        (1, 8, 17, 41), torch.float32, "triton", "channels_last", sizes=sizes, device=DEVICE, seeds=SEEDS
+    )
+
+
+def forward_plan(x: Tensor, sizes: list[int] = SIZES):
+    tokens = empty_tokens(x, x.shape[0], x.shape[1], sum(s * s for s in sizes))
+    return launches.plan_forward(x, None, sizes, sizes, tokens, INTERPRETER)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_maps_are_cut(layout):
+    """Or the tests of this file would not see the sum of parts."""
+    main, combine = forward_plan(random_map((1, 16, 97, 80), torch.float32, layout, DEVICE))
+    assert main.arguments["split_rows"] < 97
+    assert main.arguments["tile_columns"] < 80
+    assert combine.kernel.__name__ == "pyramid_pool_combine_kernel"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_accuracy_of_cut_maps(layout, dtype):
+    assert_pool_accurate((1, 4, 97, 80), dtype, "triton", layout, device=DEVICE, seeds=SEEDS)
+
+
+def forward_and_backward(x: Tensor, grad: Tensor, channels_last: bool = False) -> tuple[Tensor, Tensor]:
+    tokens = torch.ops.annnet.pyramid_pool(x, SIZES, SIZES)
+    size = list(x.shape[2:])
+    return tokens, torch.ops.annnet.pyramid_pool_bwd(grad, size, SIZES, SIZES, channels_last, "triton")
+
+
+# Bytes
+
+
+@contextlib.contextmanager
+def counted_bytes() -> Iterator[dict[str, int]]:
+    """Bytes that interpreted kernels load and store: the unmasked elements of every access."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    count = {"load": 0, "store": 0}
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def counting(kind, access):
+        def call(self, pointers, *arguments):
+            mask = arguments[0 if kind == "load" else 1]
+            count[kind] += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+            return access(self, pointers, *arguments)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_masked_load", counting("load", load))
+        patch.setattr(InterpreterBuilder, "create_masked_store", counting("store", store))
+        yield count
+
+
+@pytest.mark.skipif(not interpreting(), reason="bytes are counted in Triton's interpreter")
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize(("shape", "dtype"), [((1, 64, 97, 97), torch.float16), ((1, 64, 33, 40), torch.float32)])
+def test_bytes(shape, dtype, layout):
+    """The forward loads the map once, the backward writes its gradient once; sums of parts and tokens included."""
+    x = random_map(shape, dtype, layout)
+    grad = random_token_gradient(1, 64, 110, dtype)
+    size = x.numel() * x.element_size()
+    with counted_bytes() as forward:
+        tokens = torch.ops.annnet.pyramid_pool(x, SIZES, SIZES)
+    with counted_bytes() as backward:
+        torch.ops.annnet.pyramid_pool_bwd(grad, list(shape[2:]), SIZES, SIZES, layout == "channels_last", "triton")
+    ratios = {
+        "forward loads": forward["load"] / size,
+        "forward stores": forward["store"] / size,
+        "backward loads": backward["load"] / size,
+        "backward stores": backward["store"] / size,
+    }
+    print(shape, layout, dtype, {name: round(ratio, 3) for name, ratio in ratios.items()})
+    assert 1 <= ratios["forward loads"] <= 1.2
+    assert ratios["backward stores"] == 1
+    assert backward["load"] <= 4 * tokens.numel() * tokens.element_size()
+
+
+# Isolation, determinism, memory
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_pixel_reaches_only_its_bins(layout, bad):
+    x = random_map((1, 5, 33, 40), torch.float32, layout, DEVICE)
+    row, column, channel = 16, 20, 3  # in two bins of some levels: on their edges
+    x[0, channel, row, column] = bad
+    spoiled = ~torch.ops.annnet.pyramid_pool(x, SIZES, SIZES).isfinite().cpu()
+    regions = ak.token_regions(SIZES, (33, 40))
+    holds = torch.tensor([r.top <= row < r.bottom and r.left <= column < r.right for r in regions])
+    assert torch.equal(spoiled[0, channel], holds)
+    assert spoiled.sum() == holds.sum()
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_non_finite_token_gradient_reaches_only_its_pixels(layout):
+    grad = random_token_gradient(1, 5, 110, torch.float32, device=DEVICE)
+    grad[0, 2, 60] = float("inf")
+    dx = torch.ops.annnet.pyramid_pool_bwd(grad, [33, 40], SIZES, SIZES, layout == "channels_last", "triton")
+    region = ak.token_regions(SIZES, (33, 40))[60]
+    expected = torch.zeros(1, 5, 33, 40, dtype=torch.bool, device=DEVICE)
+    expected[0, 2, region.top : region.bottom, region.left : region.right] = True
+    assert torch.equal(~dx.isfinite(), expected)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_bitwise_deterministic(layout):
+    x = random_map((2, 5, 65, 70), torch.float16, layout, DEVICE)
+    grad = random_token_gradient(2, 5, 110, torch.float16, device=DEVICE)
+    for first, second in zip(forward_and_backward(x, grad), forward_and_backward(x, grad), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_batch_of_none():
+    x, grad = torch.empty(0, 4, 9, 9, device=DEVICE), torch.empty(0, 4, 110, device=DEVICE)
+    tokens, dx = forward_and_backward(x, grad)
+    assert tokens.shape == (0, 4, 110)
+    assert dx.shape == (0, 4, 9, 9)
+
+
+def surrounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of x of the same strides in the middle of memory full of NaN, and that memory."""
+    margin = 4096
+    span = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    memory = torch.full((span + 2 * margin,), float("nan"), dtype=x.dtype, device=x.device)
+    inside = memory.as_strided(x.shape, x.stride(), margin)
+    inside.copy_(x)
+    return inside, memory
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [(1, 19, 13, 35), (1, 16, 13, 40)], ids=str)
+def test_touches_nothing_beyond_its_tensors(shape, channels_last):
+    x = random_map(shape, torch.float16, "channels_last" if channels_last else "nchw", DEVICE)
+    grad = random_token_gradient(1, shape[1], 110, torch.float16, device=DEVICE)
+    expected = forward_and_backward(x, grad, channels_last)
+    outputs = [surrounded(torch.zeros_like(t)) for t in expected]
+    launches.pyramid_pool(surrounded(x)[0], SIZES, SIZES, outputs[0][0])
+    launches.pyramid_pool_bwd(surrounded(grad)[0], shape[2:], SIZES, SIZES, channels_last, outputs[1][0])
+    for (ours, memory), reference in zip(outputs, expected, strict=True):
+        assert torch.equal(ours, reference)
+        assert memory.isnan().sum() == memory.numel() - math.prod(ours.shape)
+
+
+def test_offsets_beyond_32_bits():
+    """Strides whose products exceed 2³¹ elements, on memory that is mostly never touched."""
+    stride = 2**30 + 5
+    memory = torch.empty(3 * stride, dtype=torch.float16, device=DEVICE)
+    for strides in ((0, stride, 4, 1), (0, 4, stride, 1), (0, 12, 4, stride), (0, 1, stride, 3)):
+        x = memory.as_strided((1, 3, 3, 3), strides)
+        x.copy_(torch.randn(1, 3, 3, 3))
+        far, near = (torch.ops.annnet.pyramid_pool(m, SIZES, SIZES) for m in (x, x.contiguous()))
+        assert torch.equal(far, near)
+
+
+# The prologue
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_accuracy_of_rectified_layouts(layout, dtype):
+    assert_rectified_accurate((1, 9, 13, 11), dtype, "triton", layout, sizes=SHORT, device=DEVICE, seeds=SEEDS)
+    for operator in ("pyramid_pool_bn_relu", "bn_relu_bwd_sums", "bn_relu_bwd_input"):
+        assert ak.last_backend(operator) == "triton"
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("absent", ["with_tokens", "with_map", "with_statistics"])
+def test_accuracy_of_what_may_be_absent(absent, layout):
+    assert_rectified_accurate(
+        (2, 16, 17, 24), torch.float16, "triton", layout, sizes=SHORT, device=DEVICE, seeds=SEEDS, **{absent: False}
+    )
+
+
+def test_accuracy_of_cut_rectified_maps():
+    assert_rectified_accurate((2, 8, 50, 40), torch.float32, "triton", "channels_last", device=DEVICE, seeds=SEEDS)
+
+
+@pytest.mark.parametrize(("layout", "map_layout"), [("nchw", "channels_last"), ("channels_last", "expanded")])
+def test_accuracy_of_maps_of_different_layouts(layout, map_layout):
+    assert_rectified_accurate(
+        (1, 9, 13, 11), torch.float32, "triton", layout, map_layout=map_layout, sizes=SHORT, device=DEVICE, seeds=SEEDS
+    )
+
+
+def test_rectifying_keeps_nan():
+    y = torch.randn(1, 4, 9, 9, device=DEVICE)
+    y[0, 1, 4, 4] = float("nan")
+    norm = random_norm(4, DEVICE)
+    tokens = torch.ops.annnet.pyramid_pool_bn_relu(y, *norm, [1], [1])
+    assert torch.equal(tokens.isnan().flatten().cpu(), torch.tensor([False, True, False, False]))
+    grad = torch.ones_like(y)
+    dy = torch.ops.annnet.bn_relu_bwd_input(y, *norm, None, grad, None, [1], [1], "triton")
+    assert dy[0, 1, 4, 4] == norm[1][1] * norm[2][1]
+
+
+def test_rectified_batch_of_none():
+    y, norm = torch.empty(0, 4, 9, 9, device=DEVICE), random_norm(4, DEVICE)
+    assert torch.ops.annnet.pyramid_pool_bn_relu(y, *norm, SIZES, SIZES).shape == (0, 4, 110)
+    sums = torch.ops.annnet.bn_relu_bwd_sums(y, *norm, None, y, SIZES, SIZES, "triton")
+    assert torch.equal(sums.cpu(), torch.zeros(2, 4))
+    assert torch.ops.annnet.bn_relu_bwd_input(y, *norm, None, y, sums, SIZES, SIZES, "triton").shape == y.shape
