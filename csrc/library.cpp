@@ -29,6 +29,13 @@ TORCH_LIBRARY(annnet_native, m) {
   m.def(
       "asymmetric_attention_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor logsumexp, "
       "float scale, bool[] needs, Tensor(a!) dquery, Tensor(b!) dkey, Tensor(c!) dvalue) -> ()");
+  m.def(
+      "asymmetric_attention_bn_relu(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, Tensor key, "
+      "Tensor value, Tensor? addend, float scale, Tensor(a!) out, Tensor(b!) logsumexp) -> ()");
+  m.def(
+      "asymmetric_attention_bn_relu_bwd(Tensor grad_out, Tensor y, Tensor mean, Tensor invstd, Tensor weight, "
+      "Tensor bias, Tensor key, Tensor value, Tensor logsumexp, float scale, bool[] needs, Tensor(a!) dz, "
+      "Tensor(b!) dkey, Tensor(c!) dvalue) -> ()");
 }
 
 namespace {

@@ -8,10 +8,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import LAYOUTS, assert_as_accurate_as_plain, random_map
+from attention_rule import assert_accurate, random_tokens
+from helpers import LAYOUTS, random_map
 from torch import Tensor
 
 import annnet_kernels as ak
@@ -20,7 +23,6 @@ from annnet_kernels import native
 pytestmark = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-NAMES = ("out", "dquery", "dkey", "dvalue")
 LEVEL = os.environ.get("ANNNET_CPU_LEVEL")
 
 # batch, key channels, value channels, height, width, tokens
@@ -43,83 +45,39 @@ def _native_backend() -> Iterator[None]:
         yield
 
 
-def random_tokens(batch: int, channels: int, tokens: int, dtype: torch.dtype, layout: str = "tokens") -> Tensor:
-    x = torch.randn(batch, tokens, channels, dtype=torch.float64).to(dtype)
-    return {
-        "tokens": lambda: x.transpose(1, 2),  # as pyramid_pool returns them
-        "channels": lambda: x.transpose(1, 2).contiguous(),
-        "slice": lambda: x.repeat_interleave(2, dim=1).transpose(1, 2)[:, :, ::2],
-        "expanded": lambda: x[:1].transpose(1, 2).expand(batch, channels, tokens),
-    }[layout]()
-
-
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """The published operations; in float64, the truth."""
-    attention = torch.softmax(torch.matmul(query.flatten(2).transpose(1, 2), key) * scale, dim=-1)
-    return torch.matmul(attention, value.transpose(1, 2)).transpose(1, 2).unflatten(2, query.shape[2:])
-
-
-def with_gradients(function: object, operands: tuple[Tensor, ...], grad: Tensor, scale: float) -> dict[str, Tensor]:
-    leaves = [x.detach().requires_grad_() for x in operands]
-    out = function(*leaves, scale)  # type: ignore[operator]
-    return dict(zip(NAMES, (out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))), strict=True))
-
-
-def assert_accurate(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    map_layout: str = "nchw",
-    token_layout: str = "tokens",
-    magnitude: float = 1.0,
-    scale: float | None = None,
-) -> None:
-    batch, key_channels, value_channels, height, width, tokens = shape
-    factor = key_channels**-0.5 if scale is None else scale
-
-    def run(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        operands = (
-            random_map((batch, key_channels, height, width), dtype, map_layout, scale=magnitude),
-            random_tokens(batch, key_channels, tokens, dtype, token_layout),
-            random_tokens(batch, value_channels, tokens, dtype, token_layout),
-        )
-        grad = random_map((batch, value_channels, height, width), dtype, map_layout)
-        ours = with_gradients(ak.asymmetric_attention, operands, grad, factor)
-        plain = with_gradients(plain_attention, operands, grad, factor)
-        truth = with_gradients(plain_attention, tuple(x.double() for x in operands), grad, factor)
-        return ours, plain, truth
-
-    assert_as_accurate_as_plain(run, dtype)
+def assert_native_accurate(shape: tuple[int, int, int, int, int, int], dtype: torch.dtype, **options: Any) -> None:
+    assert_accurate(shape, dtype, "native", **options)
     assert ak.last_backend("asymmetric_attention") == ak.last_backend("asymmetric_attention_bwd") == "native"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_accuracy_of_shapes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    assert_accurate(shape, dtype)
+def test_accuracy_of_shapes(shape: tuple[int, int, int, int, int, int], dtype: torch.dtype) -> None:
+    assert_native_accurate(shape, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_accuracy_of_map_layouts(layout: str, dtype: torch.dtype) -> None:
-    assert_accurate((2, 19, 37, 13, 29, 23), dtype, map_layout=layout)
+    assert_native_accurate((2, 19, 37, 13, 29, 23), dtype, map_layout=layout)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["channels", "slice", "expanded"])
 def test_accuracy_of_token_layouts(layout: str, dtype: torch.dtype) -> None:
-    assert_accurate((2, 19, 37, 13, 29, 23), dtype, map_layout="channels_last", token_layout=layout)
+    assert_native_accurate((2, 19, 37, 13, 29, 23), dtype, map_layout="channels_last", token_layout=layout)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("magnitude", [8.0, 300.0])
 def test_accuracy_of_peaked_softmax(magnitude: float, dtype: torch.dtype) -> None:
     """Logits of standard deviation 8, then in the hundreds: no overflow, no NaN, no loss of accuracy."""
-    assert_accurate((1, 64, 48, 19, 23, 110), dtype, magnitude=magnitude)
+    assert_native_accurate((1, 64, 48, 19, 23, 110), dtype, magnitude=magnitude)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3])
 def test_accuracy_of_unusual_scales(scale: float) -> None:
-    assert_accurate((1, 16, 24, 9, 11, 30), torch.float32, scale=scale)
+    assert_native_accurate((1, 16, 24, 9, 11, 30), torch.float32, scale=scale)
 
 
 def operands_of_odd_sizes(dtype: torch.dtype, layout: str = "nchw") -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -250,11 +208,12 @@ def native_levels() -> tuple[str, ...]:
 @pytest.mark.skipif(LEVEL is not None, reason="the run of one level starts no others")
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
 def test_lower_instruction_levels(level: str) -> None:
-    """Every shape, map layout and edge once more at each level below the highest."""
+    """Every shape, map layout and edge, of the prologue's file too, at each level below the highest."""
     if level not in native_levels()[:-1]:
         pytest.skip(f"not below the highest level of this processor: {', '.join(native_levels())}")
+    prologue = str(Path(__file__).with_name("test_bn_relu_attention_native.py"))
     selection = "shapes or map_layouts or beyond or follows"
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", selection, __file__]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", selection, __file__, prologue]
     environment = {**os.environ, "ANNNET_CPU_LEVEL": level, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr

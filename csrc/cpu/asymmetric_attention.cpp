@@ -1,24 +1,20 @@
+// annnet_native::asymmetric_attention, its backward, and both behind a BatchNorm and a ReLU: checks and threads.
 #include "asymmetric_attention.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
+
+#include <array>
+#include <optional>
 
 #include "../checks.h"
 #include "levels.h"
-#include "tensors.h"
+#include "pool_problem.h"
 
 namespace annnet {
 
 namespace {
 
-Map map_of(const at::Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
-
-Tokens tokens_of(const at::Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
-
-at::Tensor workspace(int64_t bytes) { return at::empty({bytes}, at::kByte); }
-
-char* memory_of(const at::Tensor& bytes) { return reinterpret_cast<char*>(bytes.data_ptr<uint8_t>()); }
+constexpr int64_t kReducedTokens = 16;  // rows of sums that are worth a thread
 
 void check_operands(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
   ANNNET_CHECK_RANK(query, 4);
@@ -48,62 +44,72 @@ void check_written_tokens(const at::Tensor& x, const at::Tensor& like, const cha
   ANNNET_CHECK_SAME_KIND(x, like);
 }
 
-// The fields that the forward and the backward share, with the tokens packed into `packed`.
-Attention prepare(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, double scale, bool backward,
-                  const AsymmetricAttentionKernels::OfDtype& op, at::Tensor& packed) {
+// One call, forward or backward: its arguments for the kernels, and the memory that they point to.
+struct Call {
+  Call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, double scale, const PoolNorm* norm,
+       bool backward)
+      : kernel(kernels().asymmetric_attention.of_dtype[dtype_of(query, "query")]) {
+    args.sizes = {.batch = query.size(0),
+                  .pixels = query.size(2) * query.size(3),
+                  .width = query.size(3),
+                  .tokens = key.size(2),
+                  .key_channels = key.size(1),
+                  .value_channels = value.size(1)};
+    args.plan = kernel.plan(args.sizes, backward);
+    args.scale = scale;
+    args.query = map_of(query, Lines::rows);
+    args.rectify = norm != nullptr;
+    if (args.rectify) args.norm = *norm;
+    args.key = tokens_of(key);
+    args.value = tokens_of(value);
+    packed = scratch_memory(args.sizes.batch * args.plan.packed_bytes);
+    args.packed = address(packed);
+    at::parallel_for(0, args.sizes.batch * args.plan.token_blocks, 1,
+                     [&](int64_t begin, int64_t end) { kernel.pack(args, backward, begin, end); });
+  }
+
+  // Runs `pieces` pieces of work, each thread with scratch memory of its own.
+  template <class Work>
+  void run(int64_t pieces, const Work& work) const {
+    const at::Tensor scratch = scratch_memory(at::get_num_threads() * args.plan.scratch_bytes);
+    at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+      work(args, address(scratch, at::get_thread_num() * args.plan.scratch_bytes), begin, end);
+    });
+  }
+
+  const AsymmetricAttentionKernels::OfDtype& kernel;
   Attention args = {};
-  args.sizes = {.batch = query.size(0),
-                .pixels = query.size(2) * query.size(3),
-                .width = query.size(3),
-                .tokens = key.size(2),
-                .key_channels = key.size(1),
-                .value_channels = value.size(1)};
-  args.plan = op.plan(args.sizes, backward);
-  args.scale = scale;
-  args.query = map_of(query);
-  args.key = tokens_of(key);
-  args.value = tokens_of(value);
-  packed = workspace(args.sizes.batch * args.plan.packed_bytes);
-  args.packed = memory_of(packed);
-  at::parallel_for(0, args.sizes.batch * args.plan.token_blocks, 1,
-                   [&](int64_t begin, int64_t end) { op.pack(args, backward, begin, end); });
-  return args;
-}
+  at::Tensor packed;
+};
 
-// Runs `pieces` pieces of work, each thread with scratch memory of its own.
-template <class Work>
-void run(const AttentionPlan& plan, int64_t pieces, const Work& work) {
-  const at::Tensor scratch = workspace(at::get_num_threads() * plan.scratch_bytes);
-  at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-    work(memory_of(scratch) + at::get_thread_num() * plan.scratch_bytes, begin, end);
-  });
-}
-
-void asymmetric_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, double scale,
-                          const at::Tensor& out, const at::Tensor& logsumexp) {
+void forward(const at::Tensor& query, const PoolNorm* norm, const at::Tensor& key, const at::Tensor& value,
+             const std::optional<at::Tensor>& addend, double scale, const at::Tensor& out,
+             const at::Tensor& logsumexp) {
   check_operands(query, key, value);
   ANNNET_CHECK_SHAPE(out, query.size(0), value.size(1), query.size(2), query.size(3));
   ANNNET_CHECK_SAME_KIND(out, query);
+  if (addend) {
+    ANNNET_CHECK_SHAPE(*addend, query.size(0), value.size(1), query.size(2), query.size(3));
+    ANNNET_CHECK_SAME_KIND(*addend, query);
+  }
   ANNNET_CHECK_SHAPE(logsumexp, query.size(0), query.size(2) * query.size(3));
   ANNNET_CHECK_DTYPE(logsumexp, query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   TORCH_CHECK_VALUE(logsumexp.is_contiguous(), "logsumexp: expected contiguous, got strides ", logsumexp.strides());
   const bool channels_last = written_channels_last(out, "out");
   if (query.numel() == 0) return;
 
-  const auto& op = kernels().asymmetric_attention.of_dtype[dtype_of(query, "query")];
-  at::Tensor packed;
-  Attention args = prepare(query, key, value, scale, false, op, packed);
-  args.channels_last = channels_last;
-  args.out = out.data_ptr();
-  args.logsumexp = logsumexp.data_ptr();
-  run(args.plan, args.sizes.batch * args.plan.blocks,
-      [&](char* scratch, int64_t begin, int64_t end) { op.forward(args, scratch, begin, end); });
+  Call call(query, key, value, scale, norm, false);
+  call.args.channels_last = channels_last;
+  call.args.out = out.mutable_data_ptr();
+  if (addend) call.args.addend = map_of(*addend, Lines::rows);
+  call.args.logsumexp = logsumexp.mutable_data_ptr();
+  call.run(call.args.sizes.batch * call.args.plan.blocks, call.kernel.forward);
 }
 
-void asymmetric_attention_bwd(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
-                              const at::Tensor& value, const at::Tensor& /*logsumexp: recomputed, exactly*/,
-                              double scale, std::array<bool, 3> needs, const at::Tensor& dquery, const at::Tensor& dkey,
-                              const at::Tensor& dvalue) {
+// The probabilities are made again from queries and keys, as the forward made them.
+void backward(const at::Tensor& grad_out, const at::Tensor& query, const PoolNorm* norm, const at::Tensor& key,
+              const at::Tensor& value, double scale, std::array<bool, 3> needs, const at::Tensor& dquery,
+              const at::Tensor& dkey, const at::Tensor& dvalue) {
   check_operands(query, key, value);
   ANNNET_CHECK_SHAPE(grad_out, query.size(0), value.size(1), query.size(2), query.size(3));
   ANNNET_CHECK_SAME_KIND(grad_out, query);
@@ -121,24 +127,52 @@ void asymmetric_attention_bwd(const at::Tensor& grad_out, const at::Tensor& quer
   }
   if (!(needs[0] || needs[1] || needs[2])) return;
 
-  const auto& op = kernels().asymmetric_attention.of_dtype[dtype_of(query, "query")];
-  at::Tensor packed;
-  Attention args = prepare(query, key, value, scale, true, op, packed);
+  Call call(query, key, value, scale, norm, true);
+  Attention& args = call.args;
   args.channels_last = channels_last;
-  args.grad_out = map_of(grad_out);
+  args.grad_out = map_of(grad_out, Lines::rows);
   args.needs_query = needs[0];
   args.needs_key = needs[1];
   args.needs_value = needs[2];
-  args.dquery = dquery.data_ptr();
-  args.dkey = dkey.data_ptr();
-  args.dvalue = dvalue.data_ptr();
+  args.dquery = dquery.mutable_data_ptr();
+  args.dkey = dkey.mutable_data_ptr();
+  args.dvalue = dvalue.mutable_data_ptr();
   const int64_t splits = args.sizes.batch * args.plan.splits;
-  const at::Tensor sums = workspace(splits * args.plan.sums_bytes);
-  args.sums = memory_of(sums);
-  run(args.plan, splits, [&](char* scratch, int64_t begin, int64_t end) { op.backward(args, scratch, begin, end); });
+  const at::Tensor sums = scratch_memory(splits * args.plan.sums_bytes);
+  args.sums = address(sums);
+  call.run(splits, call.kernel.backward);
   if (needs[1] || needs[2])
-    at::parallel_for(0, args.sizes.batch * args.sizes.tokens, 16,
-                     [&](int64_t begin, int64_t end) { op.reduce(args, begin, end); });
+    at::parallel_for(0, args.sizes.batch * args.sizes.tokens, kReducedTokens,
+                     [&](int64_t begin, int64_t end) { call.kernel.reduce(args, begin, end); });
+}
+
+void asymmetric_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, double scale,
+                          const at::Tensor& out, const at::Tensor& logsumexp) {
+  forward(query, nullptr, key, value, std::nullopt, scale, out, logsumexp);
+}
+
+void asymmetric_attention_bwd(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
+                              const at::Tensor& value, const at::Tensor& /*logsumexp*/, double scale,
+                              std::array<bool, 3> needs, const at::Tensor& dquery, const at::Tensor& dkey,
+                              const at::Tensor& dvalue) {
+  backward(grad_out, query, nullptr, key, value, scale, needs, dquery, dkey, dvalue);
+}
+
+void asymmetric_attention_bn_relu(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& invstd,
+                                  const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& key,
+                                  const at::Tensor& value, const std::optional<at::Tensor>& addend, double scale,
+                                  const at::Tensor& out, const at::Tensor& logsumexp) {
+  const PoolNorm norm = norm_of(y, mean, invstd, weight, bias);
+  forward(y, &norm, key, value, addend, scale, out, logsumexp);
+}
+
+void asymmetric_attention_bn_relu_bwd(const at::Tensor& grad_out, const at::Tensor& y, const at::Tensor& mean,
+                                      const at::Tensor& invstd, const at::Tensor& weight, const at::Tensor& bias,
+                                      const at::Tensor& key, const at::Tensor& value, const at::Tensor& /*logsumexp*/,
+                                      double scale, std::array<bool, 3> needs, const at::Tensor& dz,
+                                      const at::Tensor& dkey, const at::Tensor& dvalue) {
+  const PoolNorm norm = norm_of(y, mean, invstd, weight, bias);
+  backward(grad_out, y, &norm, key, value, scale, needs, dz, dkey, dvalue);
 }
 
 }  // namespace
@@ -146,6 +180,8 @@ void asymmetric_attention_bwd(const at::Tensor& grad_out, const at::Tensor& quer
 TORCH_LIBRARY_IMPL(annnet_native, CPU, m) {
   m.impl("asymmetric_attention", asymmetric_attention);
   m.impl("asymmetric_attention_bwd", asymmetric_attention_bwd);
+  m.impl("asymmetric_attention_bn_relu", asymmetric_attention_bn_relu);
+  m.impl("asymmetric_attention_bn_relu_bwd", asymmetric_attention_bn_relu_bwd);
 }
 
 }  // namespace annnet

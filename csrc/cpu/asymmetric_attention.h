@@ -1,23 +1,14 @@
 // Arguments and table of the attention kernels. Plain C types only: see levels.h.
 //
-// B images, N = H·W pixels, T tokens, Ck and Cv channels of keys and values. All strides are in elements.
+// B images, N = H·W pixels, T tokens, Ck and Cv channels of keys and values.
 #pragma once
 
 #include <stdint.h>
 
 #include "dtypes.h"
+#include "pyramid_pool.h"
 
 namespace annnet {
-
-struct Map {  // (B, C, H, W)
-  const void* data;
-  int64_t batch_stride, channel_stride, row_stride, column_stride;
-};
-
-struct Tokens {  // (B, C, T)
-  const void* data;
-  int64_t batch_stride, channel_stride, token_stride;
-};
 
 struct AttentionSizes {
   int64_t batch, pixels, width, tokens, key_channels, value_channels;
@@ -38,17 +29,20 @@ struct Attention {
   AttentionSizes sizes;
   AttentionPlan plan;
   double scale;
-  Map query;
-  Tokens key, value;
+  PoolMap query;
+  bool rectify;  // the query is `norm` of the map, rectified
+  PoolNorm norm;
+  PoolTokens key, value;
   bool channels_last;  // of out and dquery, which are dense
   char* packed;        // plan.packed_bytes per image
 
   // Forward
   void* out;        // (B, Cv, H, W)
+  PoolMap addend;   // as out, in any strides; its data may be null
   void* logsumexp;  // (B, N), float32 or float64
 
   // Backward
-  Map grad_out;
+  PoolMap grad_out;
   bool needs_query, needs_key, needs_value;
   void *dquery, *dkey, *dvalue;  // dkey and dvalue: dense (B, T, C)
   char* sums;                    // plan.sums_bytes per image and split

@@ -103,28 +103,14 @@ inline void multiply(int64_t rows, int64_t columns, int64_t depth, const Element
 }
 
 // Sink: a buffer of whole tiles, overwritten or added to.
-template <class T, bool kAdd>
+template <class T>
 struct ToBuffer {
   Acc<T>* target;
   int64_t stride;
+  bool add;
   ANNNET_INLINE void operator()(int64_t row, int64_t column, Vec<T> value) const {
     Acc<T>* place = target + row * stride + column;
-    store(place, kAdd ? load(place) + value : value);
-  }
-};
-
-// Sink: `rows` × `columns` elements of a tensor, converted to its type.
-template <class T>
-struct ToTensor {
-  T* target;
-  int64_t stride, rows, columns;
-  ANNNET_INLINE void operator()(int64_t row, int64_t column, Vec<T> value) const {
-    if (row >= rows) return;
-    T* place = target + row * stride + column;
-    if (column + kLanes<T> <= columns)
-      store(place, value);
-    else
-      store_first(place, value, columns - column);
+    store(place, add ? load(place) + value : value);
   }
 };
 

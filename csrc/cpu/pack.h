@@ -2,6 +2,7 @@
 #pragma once
 
 #include "matrix_tile.h"
+#include "pyramid_pool_kernels.h"
 #include "transpose.h"
 
 namespace annnet::ANNNET_LEVEL {
@@ -15,6 +16,7 @@ template <class T>
 struct Positions {
   const T* data;
   int64_t channel_stride;
+  const PoolNorm* norm = nullptr;  // normalise and rectify on load
   int64_t count = 0;
   int64_t offset[kBlock<T>];
   bool adjacent[kBlock<T> / kLanes<T>];  // whether a vector's positions lie next to each other
@@ -37,6 +39,20 @@ struct Positions {
 template <class T>
 ANNNET_INLINE Vec<T> load_some(const T* source, int64_t count) {
   return count >= kLanes<T> ? load(source) : load_first(source, count);
+}
+
+// What lies outside keeps its zero.
+template <bool kChannelRows, class T>
+ANNNET_INLINE void rectify(const PoolNorm& norm, int64_t channel, int64_t channels, int64_t positions,
+                           Vec<T> (&rows)[kLanes<T>]) {
+  if constexpr (kChannelRows) {
+    for (int i = 0; i < kLanes<T>; ++i)
+      if (i < channels) rows[i] = BnRelu<T>::of_channel(norm, channel + i)(rows[i]);
+  } else {
+    const BnRelu<T> function = BnRelu<T>::of_channels(norm, channel, channels);
+    for (int i = 0; i < kLanes<T>; ++i)
+      if (i < positions) rows[i] = function(rows[i]);
+  }
 }
 
 // The block of one vector of channels from `channel` to at most `channel_end`, and of one group of positions. Each row
@@ -62,6 +78,23 @@ ANNNET_INLINE void load_block(const Positions<T>& source, int64_t channel, int64
       for (int64_t p = 0; p < positions; ++p)
         (kChannelRows ? elements[c][p] : elements[p][c]) = load_one(first + c * source.channel_stride + offset[p]);
     for (int i = 0; i < kWidth; ++i) rows[i] = load(elements[i]);
+  }
+  if (source.norm != nullptr) rectify<kChannelRows, T>(*source.norm, channel, channels, positions, rows);
+}
+
+// A vector of row `row` from column `column` on, of the matrix whose rows are channels (kChannelRows) or positions.
+template <bool kChannelRows, class T>
+ANNNET_INLINE Vec<T> load_row(const Positions<T>& source, int64_t row, int64_t column, int64_t columns) {
+  const int64_t count = minimum(columns - column, kLanes<T>);
+  if constexpr (kChannelRows) {
+    const T* first = source.data + row * source.channel_stride;
+    if (source.adjacent[column / kLanes<T>]) return load_some(first + source.offset[column], count);
+    T elements[kLanes<T>] = {};
+    for (int64_t i = 0; i < count; ++i) elements[i] = first[source.offset[column + i]];
+    return load(elements);
+  } else {
+    return load_channels(source.data + source.offset[row] + column * source.channel_stride, source.channel_stride,
+                         count);
   }
 }
 
