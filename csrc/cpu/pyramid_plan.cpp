@@ -36,6 +36,9 @@ PyramidPlan::Axis::Axis(int64_t length, at::IntArrayRef bins, int64_t longest_se
     return std::lower_bound(segment_start.begin(), segment_start.end(), pixel) - segment_start.begin();
   };
   const int64_t segments = static_cast<int64_t>(segment_start.size()) - 1;
+  for (int64_t s = 0; s < segments; ++s)
+    segment_of.insert(segment_of.end(), segment_start[s + 1] - segment_start[s], s);
+  segment_of.insert(segment_of.end(), 15, segments - 1);
   std::vector<std::vector<int64_t>> held_by(segments);
   for (size_t bin = 0; bin < bin_length.size(); ++bin) {
     bin_first.push_back(segment_at(first_pixel[bin]));
@@ -53,6 +56,7 @@ PoolAxis PyramidPlan::Axis::view() const {
   return {
       .segments = static_cast<int64_t>(segment_start.size()) - 1,
       .segment_start = segment_start.data(),
+      .segment_of = segment_of.data(),
       .bins = static_cast<int64_t>(bin_length.size()),
       .bin_first = bin_first.data(),
       .bin_last = bin_last.data(),

@@ -23,7 +23,7 @@ class PyramidPlan {
     Axis(int64_t length, at::IntArrayRef bins, int64_t longest_segment);
     PoolAxis view() const;
 
-    std::vector<int64_t> segment_start, bin_first, bin_last, bin_length, holder_start, holders;
+    std::vector<int64_t> segment_start, segment_of, bin_first, bin_last, bin_length, holder_start, holders;
   };
 
   Axis rows_, columns_;

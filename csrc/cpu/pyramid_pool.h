@@ -18,6 +18,7 @@ namespace annnet {
 struct PoolAxis {
   int64_t segments;
   const int64_t* segment_start;  // (segments + 1): segment s holds the pixels segment_start[s] … segment_start[s+1] - 1
+  const int64_t* segment_of;     // (pixels + 15): segment that holds a pixel; the last one's is repeated
   int64_t bins;                  // of all levels, one level after another
   const int64_t* bin_first;      // (bins): bin k holds the segments bin_first[k] … bin_last[k] - 1
   const int64_t* bin_last;

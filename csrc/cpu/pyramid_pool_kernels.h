@@ -332,14 +332,9 @@ ANNNET_INLINE void lines_of_row_segment(const PoolArgs& args, PoolUnit unit, int
   Acc<T>* cells = workspace;
   if (left == 0)
     cells_of_row_segment<T>(args, unit, kLanes<T>, row_segment, cells + columns.segments * kLanes<T>, cells);
-  int64_t segment = 0;
-  while (columns.segment_start[segment + 1] <= left) ++segment;
   for (int64_t x = 0; x < count; x += kLanes<T>) {
     Vec<T> square[kLanes<T>];
-    for (int64_t i = 0; i < kLanes<T>; ++i) {
-      square[i] = load(cells + segment * kLanes<T>);
-      segment += left + x + i + 1 == columns.segment_start[segment + 1] && segment + 1 < columns.segments;
-    }
+    for (int64_t i = 0; i < kLanes<T>; ++i) square[i] = load(cells + columns.segment_of[left + x + i] * kLanes<T>);
     transpose(square);
     for (int64_t lane = 0; lane < kLanes<T>; ++lane) store(lines + lane * kLine + x, square[lane]);
   }
