@@ -30,7 +30,7 @@ SHAPES = (
     (1, 256, 256, 13, 17, 110),  # the fast case; pixels are no multiple of a block
     (2, 19, 48, 13, 17, 7),
     (3, 96, 19, 1, 37, 110),  # one row
-    (2, 80, 96, 1, 1, 5),  # one pixel
+    (40, 80, 96, 1, 1, 5),  # one pixel; many images, or single draws scatter
     (1, 48, 80, 12, 11, 1),  # one token: the softmax is constant
     (1, 512, 2048, 5, 9, 50),  # several chunks of channels
     (1, 2048, 19, 5, 5, 13),

@@ -24,7 +24,7 @@ ALL = (True, True, True)
 SHAPES = (
     (1, 64, 48, 13, 17, 110),
     (2, 19, 37, 11, 23, 43),
-    (2, 80, 19, 1, 1, 5),
+    (40, 80, 19, 1, 1, 5),  # one pixel; many images, or single draws scatter
     (1, 17, 2048, 3, 7, 9),  # several chunks of channels of the addend
     (1, 300, 16, 3, 37, 200),
 )
