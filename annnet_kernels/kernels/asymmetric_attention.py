@@ -127,7 +127,7 @@ def plan_forward(
 ) -> list[Launch]:
     """out = softmax(scale · QKᵀ) V + addend."""
     maps = (map_argument(query), None if addend is None else map_argument(addend), map_argument(out))
-    tile = _tile(query, key, value, precision, False, device)
+    tile = _tile(maps, key, value, precision, False, device)
     blocks = query.shape[0] * -(-logsumexp.shape[1] // tile.pixels)
     if blocks == 0:
         return []
@@ -163,7 +163,10 @@ def plan_backward(
 ) -> list[Launch]:
     """The gradients that are not None; ``dquery`` is that of the normalised query."""
     batch, pixels = logsumexp.shape
-    tile = _tile(query, key, value, precision, True, device)
+    grad_map, query_map = map_argument(grad), map_argument(query)
+    dquery_map = None if dquery is None else map_argument(dquery)
+    maps = (grad_map, query_map, dquery_map)
+    tile = _tile(maps, key, value, precision, True, device)
     one_block = key.shape[2] <= tile.tokens
     blocks = batch * -(-pixels // tile.pixels)
     if blocks == 0 or (dquery is None and dkey is None and dvalue is None):
@@ -175,9 +178,6 @@ def plan_backward(
     scratch_tokens = -(-key.shape[2] // 16) * 16
     attention = scratch(dvalue is not None)
     dlogits = scratch(dkey is not None or (dquery is not None and not one_block))
-    grad_map, query_map = map_argument(grad), map_argument(query)
-    dquery_map = None if dquery is None else map_argument(dquery)
-    maps = (grad_map, query_map, dquery_map)
     common = {
         "scratch_tokens": scratch_tokens,
         **_sizes(query, maps),
@@ -230,7 +230,7 @@ def _token_gradient(
     assert scratch is not None
     batch, channels, tokens = out.shape
     pixels = scratch.shape[1]
-    tile = token_gradient_tile(channels, tokens, out.dtype, common["PRECISION"], device.shared_memory)
+    tile = token_gradient_tile(channels, tokens, out.dtype, common["PRECISION"], norm is not None, device.shared_memory)
     tiles = -(-channels // tile.chunk) * -(-tokens // tile.tokens)
     splits = pixel_splits(pixels, tiles * batch, device.multiprocessors, tile.pixels)
     split_pixels = -(-pixels // (splits * tile.pixels)) * tile.pixels
@@ -269,14 +269,17 @@ def _token_gradient(
     return launches
 
 
-def _tile(query: Tensor, key: Tensor, value: Tensor, precision: str, backward: bool, device: Device) -> AttentionTile:
+def _tile(
+    maps: Sequence[Map | None], key: Tensor, value: Tensor, precision: str, backward: bool, device: Device
+) -> AttentionTile:
     return attention_tile(
         key.shape[1],
         value.shape[1],
         key.shape[2],
-        query.dtype,
+        key.dtype,
         precision,
         backward,
+        any(m is not None and m.row_stride is not None for m in maps),
         device.capability,
         device.shared_memory,
     )

@@ -37,6 +37,7 @@ def attention_tile(
     dtype: torch.dtype,
     precision: str,
     backward: bool,
+    strided: bool,
     capability: tuple[int, int],
     shared_memory: int,
 ) -> AttentionTile:
@@ -45,31 +46,37 @@ def attention_tile(
     Args:
         precision: ``"tf32"`` or ``"ieee"``; the latter keeps float32 away from tensor cores.
         backward: whether logits and their gradients are held at once.
+        strided: whether a map needs two strides to walk its pixels.
         shared_memory: bytes that one block may use.
     """
     # More than 128 tokens are walked in blocks; 64 spare the small pyramids half of the padding.
     block_tokens = 64 if tokens <= 64 else 128
+    registers = None
     if dtype.itemsize == 2:
         # 128 pixels × 128 tokens fill 64 registers per thread with logits; chunks of 256 spill. A third stage hides
         # more latency where there is memory for it.
         widest, pixels, stages = 64, 128, 3 if shared_memory > 128 * 1024 else 2
-        if backward and capability[0] not in (9, 10):
-            # Operands of warp-level matrix instructions pass through registers: 128 pixels spill.
+        heavy = backward or tokens > block_tokens
+        # Operands of warp-level matrix instructions pass through registers, as do channels that no 16-byte load fits.
+        through_registers = capability[0] not in (9, 10) or key_channels % 8 or value_channels % 8
+        if heavy and (through_registers or strided):
             pixels = 64
     elif precision == "tf32":
         widest, pixels, stages = 32, 64 if backward else 128, 2
     else:
         # Without tensor cores a product is unrolled into fused multiply-adds: short chunks keep the operands few.
         widest, pixels, stages = 16, 32 if backward else 64, 2
-    registers = _FMA_REGISTERS if dtype == torch.float32 and precision == "ieee" else None
+        registers = _FMA_REGISTERS
     key_chunk, value_chunk = channel_chunk(key_channels, widest), channel_chunk(value_channels, widest)
     return AttentionTile(pixels, block_tokens, key_chunk, value_chunk, 8, stages, registers)
 
 
 def channel_chunk(channels: int, widest: int) -> int:
-    """The widest power of two, at least 16, that leaves less than half of a chunk of padding behind ``channels``."""
+    """Channels walked at a time: ``widest``, or less where that would leave half of the last chunk empty."""
+    if channels <= 16:
+        return 16
     chunk = widest
-    while chunk > 16 and -channels % chunk >= chunk // 2:
+    while chunk > 32 and -channels % chunk >= chunk // 2:
         chunk //= 2
     return chunk
 
@@ -87,14 +94,14 @@ class TokenGradientTile:
 
 
 def token_gradient_tile(
-    channels: int, tokens: int, dtype: torch.dtype, precision: str, shared_memory: int
+    channels: int, tokens: int, dtype: torch.dtype, precision: str, normalised: bool, shared_memory: int
 ) -> TokenGradientTile:
-    """Tile of the product that sums over pixels."""
+    """Tile of the product that sums over pixels; a ``normalised`` map passes through registers."""
     block_tokens = 64 if tokens <= 64 else 128
     if dtype.itemsize == 2:
         # A column chunk of 128 reads the probabilities once per 128 channels; 64 pixels × 3 stages are 96 KiB.
-        stages = 3 if shared_memory > 128 * 1024 else 2
-        return TokenGradientTile(64, block_tokens, channel_chunk(channels, 128), 8, stages, None)
+        chunk = channel_chunk(channels, 64 if normalised else 128)
+        return TokenGradientTile(64, block_tokens, chunk, 8, 3 if shared_memory > 128 * 1024 else 2, None)
     chunk = channel_chunk(channels, 64)
     if precision == "tf32":
         return TokenGradientTile(32, block_tokens, chunk, 8, 2, None)
