@@ -55,6 +55,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="small maps, under two minutes on two CPU cores")
     parser.add_argument("--images", metavar="PATH", help="picture or folder of pictures (default: grace_hopper.jpg)")
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder for record, table and plots")
+    parser.add_argument("--record", action="store_true", help="write into benchmarks/results/DEVICE-DATE instead")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="cases whose name holds one of these")
     parser.add_argument("--cases", nargs="+", choices=tags, metavar="SET", help=f"sets of cases: {', '.join(tags)}")
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="providers to leave out")
@@ -80,7 +81,8 @@ def _run(chosen: argparse.Namespace, console: Console) -> int:
     cases = select(sets, chosen.only)
     if not cases:
         raise ValueError(f"--only {' '.join(chosen.only)}: no such case in {', '.join(sets)}")
-    session = Session(chosen.out, device, pictures, console)
+    out = results.new_folder(machine.device_name(device)) if chosen.record else chosen.out
+    session = Session(out, device, pictures, console)
     session.measure_limits(sorted({case.dtype for case in cases}))
     options = Options(
         effort=chosen.effort or ("quick" if chosen.quick else "standard"),
@@ -91,7 +93,7 @@ def _run(chosen: argparse.Namespace, console: Console) -> int:
     if chosen.quick:
         options.until = start + QUICK_SECONDS
     session.run(cases, options)
-    written = write(session.record, chosen.out)
+    written = write(session.record, out)
     report.print_record(session.record, console)
     console.print(f"Written: {', '.join(str(path) for path in [session.path, *written])}")
     return 1 if report.ours_failed(session.record) else 0

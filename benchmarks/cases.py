@@ -122,6 +122,13 @@ def _quick() -> list[Case]:
     ]
 
 
+def _smoke() -> list[Case]:
+    """Tiny cases of both operators and a block, to see that everything runs."""
+    tags = ("smoke",)
+    small = (9, 11)
+    return [pool(small, tags=tags)[1], attention(small, tags=tags)[1], apnb(small, tags=tags)[1]]
+
+
 def _cpu() -> list[Case]:
     tags = ("cpu",)
     return [
@@ -174,7 +181,7 @@ def _memory() -> list[Case]:
     return [apnb(size, dtype="bfloat16", layout="channels_last", tags=("sizes",))[0] for size in sizes]
 
 
-CASES: tuple[Case, ...] = (*_quick(), *_cpu(), *_gpu(), *_paper(), *_memory())
+CASES: tuple[Case, ...] = (*_quick(), *_smoke(), *_cpu(), *_gpu(), *_paper(), *_memory())
 
 
 def select(tags: Sequence[str], only: Sequence[str] = ()) -> list[Case]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from datetime import date
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +18,12 @@ README = ROOT / "README.md"
 RESULTS = Path(__file__).with_name("results")
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 PEERS = (PLAIN, "plain compiled", "SDPA on pooled keys", NAIVE)
+
+
+def new_folder(device_name: str) -> Path:
+    """The folder of today's record of a device."""
+    device = re.sub(r"[^A-Za-z0-9]+", "-", device_name).strip("-").lower()
+    return RESULTS / f"{device}-{date.today().isoformat()}"
 
 
 def summary(record: Record) -> str:

@@ -23,7 +23,7 @@ OK, WRONG, OUT_OF_MEMORY, FAILED, NO_TIME = "ok", "WRONG", "out of memory", "fai
 MARGIN = 1.5  # over the counted peak: convolutions keep reordered copies that counting does not see
 WARM_UP = 3
 GRAPH_REPETITIONS = 20
-COMPILATION = 25.0  # seconds that must be left for all cases to start one
+COMPILATION = 8.0  # seconds that one is expected to take before the first was seen
 CHECK_SHARE = 0.5  # of the time that a case may take; the seeds of the check stop there
 
 Report = Callable[[str, float], None]
@@ -35,6 +35,13 @@ def first_line(error: Exception) -> str:
 
 
 @dataclass
+class Pace:
+    """How slow this machine is at what a run cannot cut short."""
+
+    compilation: float = COMPILATION
+
+
+@dataclass
 class Options:
     """How a run measures.
 
@@ -43,6 +50,7 @@ class Options:
         seeds: of the correctness check.
         seconds: of timing per case, shared by its providers.
         without: names of providers left out.
+        pace: shared by the cases of a run.
         until: ``time.monotonic()`` at which the run should be over.
         share: of the time left, what the next case may take; it then checks fewer seeds and repeats less.
     """
@@ -51,6 +59,7 @@ class Options:
     seeds: int = 5
     seconds: float = 10.0
     without: tuple[str, ...] = ()
+    pace: Pace = field(default_factory=Pace)
     until: float = inf
     share: float = 1.0
     choose: Callable[[Case, str], list[Provider]] = field(default=providers, repr=False)
@@ -120,7 +129,7 @@ class CaseRun:
     def _enter(self, provider: Provider, counts: Counts | None) -> Contestant | None:
         """Set a provider up and warm it, unless it would not fit (Linux kills a process that takes too much)."""
         self.report(provider.name, 0.0)
-        if provider.compile is not None and self.options.until - time.monotonic() < COMPILATION:
+        if provider.compile is not None and self._seconds_left() < self.options.pace.compilation:
             self.rows[provider.name].update(status=NO_TIME, reason="its compilation might not end in time")
             return None
         try:
@@ -129,8 +138,10 @@ class CaseRun:
                 raise MemoryError(f"needs {counts.peak / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available")
             contestant = Contestant(provider, self.problem)
             contestant.load(self._initial_state())
-            start = measure.seconds_of(contestant.calls()[0], self.device)
-            self.rows[provider.name]["first_call_s"] = start
+            first_call = measure.seconds_of(contestant.calls()[0], self.device)
+            self.rows[provider.name]["first_call_s"] = first_call
+            if provider.compile is not None:
+                self.options.pace.compilation = max(self.options.pace.compilation, first_call)
         except Exception as error:
             self._fail(provider.name, error)
             return None

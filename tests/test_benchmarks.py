@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ import annnet_kernels as ak
 from benchmarks import __main__ as command, cases, compare, counting, gpu, measure, providers, report, results, verify
 from benchmarks.features import find_pictures
 from benchmarks.problem import Contestant, Problem
-from benchmarks.runner import FAILED, NO_TIME, OK, OUT_OF_MEMORY, WRONG, CaseRun, Options
+from benchmarks.runner import FAILED, NO_TIME, OK, OUT_OF_MEMORY, WRONG, CaseRun, Options, Pace
 from benchmarks.session import SCHEMA
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +67,7 @@ class Changed(nn.Module):
 
 def run_case(case, chosen, **options):
     """The rows of a run over ``chosen`` providers, by name."""
-    options = Options(seeds=3, seconds=0.05, choose=lambda case, effort: list(chosen), **options)
+    options = Options(seeds=2, seconds=0.05, choose=lambda case, effort: list(chosen), **options)
     record = CaseRun(case, RandomFeatures(), options, lambda doing, part: None).run()
     return {row["name"]: row for row in record["providers"]}
 
@@ -218,6 +219,12 @@ class TestPeersThatFail:
         rows = run_case(POOL, named(POOL, OURS, PLAIN, "plain compiled"), until=time.monotonic() + 5)
         assert rows["plain compiled"]["status"] == NO_TIME
         assert rows[OURS]["status"] == OK
+
+    def test_a_slow_compilation_is_remembered(self):
+        options = Options(until=time.monotonic() + 100, pace=Pace(compilation=200.0))
+        assert replace(options, share=0.5).pace is options.pace
+        rows = run_case(POOL, named(POOL, OURS, PLAIN, "plain compiled"), until=options.until, pace=options.pace)
+        assert rows["plain compiled"]["status"] == NO_TIME
 
     def test_all_are_shown(self):
         record = sample_record()
@@ -482,6 +489,11 @@ class TestReadme:
         assert "| 20.00 | 2.50 |" in new
         assert results.generate(new, [sample_record()]) == new
 
+    def test_a_record_has_a_folder_of_its_device_and_day(self):
+        folder = results.new_folder("NVIDIA H200 (SXM)")
+        assert folder.parent == results.RESULTS
+        assert re.fullmatch(r"nvidia-h200-sxm-\d{4}-\d\d-\d\d", folder.name)
+
     def test_missing_markers_are_an_error(self):
         with pytest.raises(ValueError, match="markers"):
             results.generate("nothing here", [])
@@ -518,11 +530,9 @@ def run_command(*arguments, module="benchmarks"):
 
 
 class TestCommand:
-    def test_one_case_from_end_to_end(self, tmp_path):
-        done = run_command(
-            "--quick", "--only", "pyramid_pool 512, 1×97×97, float32, nchw, forward", "--without", "plain compiled",
-            "--seeds", "1", "--seconds", "0.1", "--threads", "1", "--out", str(tmp_path),
-        )  # fmt: skip
+    def test_a_run_from_end_to_end(self, tmp_path):
+        options = ("--seeds", "1", "--seconds", "0.05", "--threads", "1", "--out", str(tmp_path))
+        done = run_command("--cases", "smoke", "--only", "pyramid", "--effort", "quick", *options)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "time" in done.stdout
         assert "÷ ours" in done.stdout
@@ -565,14 +575,11 @@ class TestGpuStages:
         assert "no CUDA GPU" in line
 
     def test_stages_are_recorded_and_resumed(self, tmp_path):
-        arguments = ("--dry-run", "--stages", "build", "operators", "--out", str(tmp_path))
+        arguments = ("--dry-run", "--stages", "operators", "--out", str(tmp_path))
         done = run_command(*arguments, module="benchmarks.gpu")
         assert done.returncode == 0, done.stdout + done.stderr
         record = json.loads((tmp_path / "benchmark.json").read_text())
-        assert {name: entry["status"] for name, entry in record["stages"].items()} == {
-            "build": "done",
-            "operators": "done",
-        }
+        assert {name: entry["status"] for name, entry in record["stages"].items()} == {"operators": gpu.DONE}
         assert record["cases"]
         assert len(list(tmp_path.iterdir())) <= 8
         again = run_command(*arguments, module="benchmarks.gpu")
