@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +117,14 @@ def compile_row(dtype: str, layout: str, launch: Launch, arch: int) -> Row:
     spills = max(len(_SPILL.findall(machine_code)), stack)
     shared = compiled.metadata.shared
     tensor_core = len(_TENSOR_CORE.findall(machine_code))
-    fault = None
+    faults = []
     if spills:
-        fault = f"spills ({stack} bytes of stack)"
-    elif "tt.dot" in compiled.asm["ttir"] and dtype in ("bfloat16", "float16") and not tensor_core:
-        fault = "no tensor-core instruction"
-    elif shared > DEVICES[arch].shared_memory:
-        fault = f"{shared} bytes of shared memory, {DEVICES[arch].shared_memory} allowed"
+        faults.append(f"spills ({stack} bytes of stack)")
+    if "tt.dot" in compiled.asm["ttir"] and dtype in ("bfloat16", "float16") and not tensor_core:
+        faults.append("no tensor-core instruction")
+    if shared > DEVICES[arch].shared_memory:
+        faults.append(f"{shared} bytes of shared memory, {DEVICES[arch].shared_memory} allowed")
+    fault = ", ".join(faults) or None
     return Row(*label, registers, spills, shared, tensor_core, len(_ASYNC_COPY.findall(machine_code)), fault)
 
 
@@ -139,17 +141,24 @@ def _disassemble(cubin: bytes) -> tuple[str, int, int]:
     return text, int(usage[1]), int(usage[2])
 
 
-def _compile_nth(arch: int, modules: Sequence[str], kernel: str, worker: int, workers: int) -> list[Row]:
-    """Every ``workers``-th variant of ``arch``: launches hold tensors and kernels, so workers make their own."""
-    chosen = [v for v in variants(arch, modules) if kernel in v[2].kernel.__name__]
-    return [compile_row(*v, arch) for v in chosen[worker::workers]]
+@cache
+def _variants(arch: int, modules: tuple[str, ...]) -> list[tuple[str, str, Launch]]:
+    return list(variants(arch, modules))
+
+
+def _compile_nth(arch: int, modules: tuple[str, ...], kernel: str, part: int, parts: int) -> list[Row]:
+    """Every ``parts``-th variant of ``arch``: launches hold tensors and kernels, so a process makes its own."""
+    chosen = [v for v in _variants(arch, modules) if kernel in v[2].kernel.__name__]
+    return [compile_row(*v, arch) for v in chosen[part::parts]]
 
 
 def table(archs: Iterable[int], modules: Sequence[str], kernel: str, jobs: int) -> Iterator[Row]:
     """All rows of ``archs``, compiled by ``jobs`` processes."""
     with ProcessPoolExecutor(jobs) as pool:
-        parts = 8 * jobs
-        futures = [pool.submit(_compile_nth, arch, modules, kernel, n, parts) for arch in archs for n in range(parts)]
+        parts = 16 * jobs
+        futures = [
+            pool.submit(_compile_nth, arch, tuple(modules), kernel, n, parts) for arch in archs for n in range(parts)
+        ]
         for future in futures:
             yield from future.result()
 
