@@ -18,8 +18,12 @@ HERE = Path(__file__).parent
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Called with the items of the whole session, whatever folder they are in."""
-    if not interpreting() and not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="no GPU here: runs under TRITON_INTERPRET=1, in a process of its own")
-        for item in items:
-            if HERE in item.path.parents:
-                item.add_marker(skip)
+    if interpreting():
+        return
+    if torch.cuda.is_available():
+        mark = pytest.mark.gpu
+    else:
+        mark = pytest.mark.skip(reason="no GPU here: runs under TRITON_INTERPRET=1, in a process of its own")
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(mark)
