@@ -238,8 +238,9 @@ def test_every_instruction_level(level: str) -> None:
     """The tests above in a process of its own for each level that this processor has, but the one they ran on here."""
     if level == native.cpu_level():
         pytest.skip(f"{level} is the level of this process")
-    selection = "layouts or any_shape or 16_bit or beyond or longer"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection, __file__]
-    run = subprocess.run(command, env=os.environ | {"ANNNET_CPU_LEVEL": level}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "passed" in run.stdout
+    selection = "any_shape or 16_bit or beyond or longer"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", selection, __file__]
+    run = subprocess.run(
+        command, env=os.environ | {"ANNNET_CPU_LEVEL": level, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-4000:]  # 5 if the selection is empty
