@@ -240,7 +240,6 @@ def test_every_instruction_level(level: str) -> None:
         pytest.skip(f"{level} is the level of this process")
     selection = "any_shape or 16_bit or beyond or longer"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", selection, __file__]
-    run = subprocess.run(
-        command, env=os.environ | {"ANNNET_CPU_LEVEL": level, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+    environment = os.environ | {"ANNNET_CPU_LEVEL": level, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]  # 5 if the selection is empty
