@@ -175,13 +175,14 @@ def plan_backward(
     if dx.shape[0] == 0:
         return []
     layout = layout_of(dx)
-    tile = pool_tile(layout.inner, layout.vector, dx.dtype, light=True)
+    tokens = token_arguments(grad, layout)
+    tile = pool_tile(layout.inner, layout.vector, dx.dtype, light=tokens["TOKEN_MAJOR"])
     parts = parts_of(dx, layout, tile, LEAST_SPREAD_ROWS, device)
     arguments = {
         "grad_ptr": grad,
         "dx_ptr": dx,
         **parts.sizes,
-        **token_arguments(grad, layout),
+        **tokens,
         **stride_arguments("dx", dx),
         "LEVELS": levels_argument(heights, widths),
         **tile_arguments(layout, tile),

@@ -13,8 +13,9 @@ import torch
 
 # Attention
 
-_FMA_REGISTERS = 255
-"""Left to itself, ptxas holds some float32 kernels without tensor cores to 80 or 128 registers and spills the rest."""
+_ALL_REGISTERS = 255
+"""Left to itself, ptxas holds some kernels to 80 or 128 registers and spills a few values beyond: float32 without
+tensor cores, and token gradients of a normalised map."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def attention_tile(
     else:
         # Without tensor cores a product is unrolled into fused multiply-adds: short chunks keep the operands few.
         widest, pixels, stages = 16, 32 if backward else 64, 2
-        registers = _FMA_REGISTERS
+        registers = _ALL_REGISTERS
     key_chunk, value_chunk = channel_chunk(key_channels, widest), channel_chunk(value_channels, widest)
     return AttentionTile(pixels, block_tokens, key_chunk, value_chunk, 8, stages, registers)
 
@@ -101,11 +102,12 @@ def token_gradient_tile(
     if dtype.itemsize == 2:
         # A column chunk of 128 reads the probabilities once per 128 channels; 64 pixels × 3 stages are 96 KiB.
         chunk = channel_chunk(channels, 64 if normalised else 128)
-        return TokenGradientTile(64, block_tokens, chunk, 8, 3 if shared_memory > 128 * 1024 else 2, None)
+        stages = 3 if shared_memory > 128 * 1024 else 2
+        return TokenGradientTile(64, block_tokens, chunk, 8, stages, _ALL_REGISTERS if normalised else None)
     chunk = channel_chunk(channels, 64)
     if precision == "tf32":
         return TokenGradientTile(32, block_tokens, chunk, 8, 2, None)
-    return TokenGradientTile(16, block_tokens, chunk, 8, 2, _FMA_REGISTERS)
+    return TokenGradientTile(16, block_tokens, chunk, 8, 2, _ALL_REGISTERS)
 
 
 def pixel_splits(pixels: int, programs: int, multiprocessors: int, block_pixels: int) -> int:
@@ -127,8 +129,8 @@ class PoolTile:
     columns: int
     warps: int
     stages: int
-    rows_ahead: int = 0
-    max_registers: int | None = None
+    rows_ahead: int
+    max_registers: int
 
 
 def pool_tile(inner: str, vector: int, dtype: torch.dtype, light: bool) -> PoolTile:
@@ -137,22 +139,22 @@ def pool_tile(inner: str, vector: int, dtype: torch.dtype, light: bool) -> PoolT
     Args:
         inner: the dimension that lies side by side in memory: ``"channels"``, ``"columns"`` or ``"none"``.
         vector: elements that one load may take, 1 where the layout is not aligned.
-        light: whether the kernel keeps no vector per channel beside the accumulators of the levels.
+        light: whether the kernel keeps nothing per channel beside the accumulators of the levels.
     """
     if vector > 1:
         # Asynchronous copies into four spare rows of shared memory keep about 32 KiB per multiprocessor under way.
         # 64 channels are 128 bytes in 16 bits; with more than 8 elements per thread the accumulators leave room for
         # one program per multiprocessor only.
-        if inner == "channels":
-            wide = light and dtype.itemsize == 2
-            return PoolTile(64, 32 if wide else 16, 8 if wide else 4, 5)
-        return PoolTile(32, 64, 8, 5) if dtype.itemsize == 2 else PoolTile(32, 32, 4, 5)
-    channels, columns = (64, 16) if inner == "channels" else (16, 64)
-    if dtype.itemsize == 4:
-        return PoolTile(channels, columns, 8, 5)
-    # Asynchronous copies take at least 4 bytes: 16-bit elements at odd offsets are loaded ahead into registers. Left to
-    # itself, ptxas holds some of these kernels to 128 registers and spills the rest.
-    return PoolTile(channels, columns, 8, 1, rows_ahead=4, max_registers=None if light else 168)
+        wide = dtype.itemsize == 2 and (light or inner == "columns")
+        channels, columns = (64, 32 if wide else 16) if inner == "channels" else (32, 64 if wide else 32)
+        warps = 8 if wide else 4
+    else:
+        channels, columns = (64, 16) if inner == "channels" else (16, 64)
+        warps = 8
+    # Asynchronous copies take at least 4 bytes: 16-bit elements at odd offsets are loaded ahead into registers.
+    stages, rows_ahead = (1, 4) if vector == 1 and dtype.itemsize == 2 else (5, 0)
+    # Left to itself, ptxas holds some of these kernels to 64 or 80 registers and spills the rest (sm_80, sm_120).
+    return PoolTile(channels, columns, warps, stages, rows_ahead, 128 if light else 224)
 
 
 def pool_tile_columns(width: int, columns: int, multiple: int) -> int:
