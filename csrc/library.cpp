@@ -36,6 +36,16 @@ TORCH_LIBRARY(annnet_native, m) {
       "asymmetric_attention_bn_relu_bwd(Tensor grad_out, Tensor y, Tensor mean, Tensor invstd, Tensor weight, "
       "Tensor bias, Tensor key, Tensor value, Tensor logsumexp, float scale, bool[] needs, Tensor(a!) dz, "
       "Tensor(b!) dkey, Tensor(c!) dvalue) -> ()");
+  m.def("batch_norm_statistics(Tensor y, Tensor(a!) out) -> ()");
+  m.def(
+      "batch_norm_apply(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, Tensor? channel_scale, "
+      "bool relu, Tensor(a!) out) -> ()");
+  m.def(
+      "batch_norm_bwd_sums(Tensor grad_out, Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, "
+      "Tensor? channel_scale, bool relu, Tensor(a!) out) -> ()");
+  m.def(
+      "batch_norm_bwd_input(Tensor grad_out, Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, "
+      "Tensor? channel_scale, bool relu, Tensor? mean_sums, Tensor(a!) dy) -> ()");
 }
 
 namespace {

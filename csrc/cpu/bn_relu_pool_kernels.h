@@ -37,8 +37,8 @@ struct BnReluInput {
     BnReluInput input = {BnRelu<T>::of_channels(args.pool.norm, channel, count), Vec<T>{}, Vec<T>{}};
     if (args.mean_sums != nullptr) {
       const Acc<T>* means = static_cast<const Acc<T>*>(args.mean_sums) + channel;
-      input.mean_g = load_channels(means, 1, count);
-      input.mean_gy = load_channels(means + args.pool.channels, 1, count);
+      input.mean_g = load_lanes(means, 1, count);
+      input.mean_gy = load_lanes(means + args.pool.channels, 1, count);
     }
     return input;
   }
@@ -97,8 +97,8 @@ ANNNET_INLINE void visit_rows(const BnReluArgs& args, PoolUnit unit, int64_t fir
 // The gradient of z along `count` ≤ lanes columns.
 template <class T>
 ANNNET_INLINE Vec<T> gradient_along_row(const T* grad_map, int64_t stride, const Acc<T>* line, int64_t count) {
-  Vec<T> grad = line == nullptr ? Vec<T>{} : load_channels(line, 1, count);
-  if (grad_map != nullptr) grad += load_channels(grad_map, stride, count);
+  Vec<T> grad = line == nullptr ? Vec<T>{} : load_lanes(line, 1, count);
+  if (grad_map != nullptr) grad += load_lanes(grad_map, stride, count);
   return grad;
 }
 
@@ -117,7 +117,7 @@ void bn_relu_sums_rows(const BnReluArgs& args, PoolUnit unit, int64_t first, int
                     prefetch(y + x * map.column);
                     if (grad != nullptr) prefetch(grad + x * args.grad_map.column);
                     total.add(
-                        load_channels(y + x * map.column, map.column, columns - x),
+                        load_lanes(y + x * map.column, map.column, columns - x),
                         gradient_along_row(grad == nullptr ? nullptr : grad + x * args.grad_map.column,
                                            args.grad_map.column, line == nullptr ? nullptr : line + x, columns - x));
                   }
@@ -146,8 +146,8 @@ void bn_relu_input_rows(const BnReluArgs& args, PoolUnit unit, int64_t first, in
                         gradient_along_row(grad == nullptr ? nullptr : grad + x * args.grad_map.column,
                                            args.grad_map.column, line == nullptr ? nullptr : line + x, columns - x);
                     const Vec<T> value =
-                        input(load_channels(y + x * map.column, map.column, columns - x), gradient, frozen);
-                    store_channels(dy + x * args.dy.column, args.dy.column, value, columns - x);
+                        input(load_lanes(y + x * map.column, map.column, columns - x), gradient, frozen);
+                    store_lanes(dy + x * args.dy.column, args.dy.column, value, columns - x);
                   }
                 });
 }
@@ -193,9 +193,9 @@ void bn_relu_sums_channels(const BnReluArgs& args, PoolUnit unit, int64_t first,
           if (args.has_map) {
             const T* source = at<T>(args.grad_map, unit.image, channel, row, x);
             prefetch(source);
-            grad += load_channels(source, args.grad_map.channel, count);
+            grad += load_lanes(source, args.grad_map.channel, count);
           }
-          total.add(load_channels(y, 1, count), grad);
+          total.add(load_lanes(y, 1, count), grad);
         }
         store(target, total.sum_g);
         store(target + args.pool.block, total.sum_gy);
@@ -218,9 +218,9 @@ void bn_relu_input_channels(const BnReluArgs& args, PoolUnit unit, int64_t first
                         if (args.has_map) {
                           const T* source = at<T>(args.grad_map, unit.image, channel, row, x);
                           prefetch(source);
-                          grad += load_channels(source, args.grad_map.channel, count);
+                          grad += load_lanes(source, args.grad_map.channel, count);
                         }
-                        store_channels(dy, args.dy.channel, input(load_channels(y, 1, count), grad, frozen), count);
+                        store_lanes(dy, args.dy.channel, input(load_lanes(y, 1, count), grad, frozen), count);
                       }
                     });
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "asymmetric_attention.h"
+#include "batch_norm.h"
 #include "bn_relu_pool.h"
 #include "pyramid_pool.h"
 
@@ -9,6 +10,7 @@ namespace annnet {
 
 struct Kernels {
   AsymmetricAttentionKernels asymmetric_attention;
+  BatchNormKernels batch_norm;
   BnReluPoolKernels bn_relu_pool;
   PyramidPoolKernels pyramid_pool;
 };

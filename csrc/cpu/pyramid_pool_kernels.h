@@ -1,6 +1,7 @@
 // Pooling and its gradient for one instruction level; pyramid_pool.h describes the pieces of work.
 #pragma once
 
+#include "memory.h"
 #include "pyramid_pool.h"
 #include "transpose.h"
 #include "vector.h"
@@ -11,48 +12,6 @@ namespace annnet::ANNNET_LEVEL {
 // many elements per channel, which fit the second-level cache, so that memory is walked in long runs (three rows of
 // each channel in turn instead took 2.9 times as long at 97 × 97), and transposed between the buffers and the lanes.
 constexpr int64_t kLine = 4096;
-
-// Memory is asked for this many bytes ahead, across pages, where the processor's own prefetching stops: from memory, at
-// 512 × 97 × 97 in float32, summing rows took 1.00 ms without, 0.55 ms with 4 KiB and 0.32 ms with 16 KiB; writing them
-// 0.69 and 0.29 ms. Beyond the end of a map nothing happens.
-constexpr int64_t kAhead = 16384;
-
-template <class T>
-ANNNET_INLINE void prefetch(const T* source) {
-  __builtin_prefetch(reinterpret_cast<const char*>(source) + kAhead);
-}
-
-template <class T>
-ANNNET_INLINE void prefetch_to_write(T* target) {
-  __builtin_prefetch(reinterpret_cast<char*>(target) + kAhead, 1);
-}
-
-template <class T>
-ANNNET_INLINE Vec<T> load_strided(const T* source, int64_t stride, int64_t count) {
-  T elements[kLanes<T>] = {};
-  for (int64_t i = 0; i < count; ++i) elements[i] = source[i * stride];
-  return load(elements);
-}
-
-template <class T>
-ANNNET_INLINE void store_strided(T* target, int64_t stride, Vec<T> value, int64_t count) {
-  T elements[kLanes<T>];
-  store(elements, value);
-  for (int64_t i = 0; i < count; ++i) target[i * stride] = elements[i];
-}
-
-// Up to a vector of channels, from wherever they lie. `count` may exceed the lanes.
-template <class T>
-ANNNET_INLINE Vec<T> load_channels(const T* source, int64_t stride, int64_t count) {
-  if (stride == 1) return count >= kLanes<T> ? load(source) : load_first(source, count);
-  return load_strided(source, stride, count < kLanes<T> ? count : kLanes<T>);
-}
-
-template <class T>
-ANNNET_INLINE void store_channels(T* target, int64_t stride, Vec<T> value, int64_t count) {
-  if (stride == 1) return count >= kLanes<T> ? store(target, value) : store_first(target, value, count);
-  store_strided(target, stride, value, count < kLanes<T> ? count : kLanes<T>);
-}
 
 // Calls body(offset) for vectors that cover 0 … count - 1; where they do not divide it, two overlap and do the same
 // work twice. The overlapping one comes first: what a later load reads was then written by one store, not two, and need
@@ -104,7 +63,7 @@ struct BnRelu {
   // A channel per lane.
   ANNNET_INLINE static BnRelu of_channels(const PoolNorm& norm, int64_t channel, int64_t count) {
     const auto part = [&](const void* vector) {
-      return load_channels(static_cast<const Acc<T>*>(vector) + channel, 1, count);
+      return load_lanes(static_cast<const Acc<T>*>(vector) + channel, 1, count);
     };
     return {part(norm.mean), part(norm.invstd), part(norm.weight), part(norm.bias)};
   }
@@ -154,7 +113,7 @@ ANNNET_INLINE void sum_over_rows(const T* map, int64_t row_stride, int64_t colum
   for (int64_t x = 0; x < count; x += kLanes<T>) {
     Vec<T> sum = {};
     for (int64_t y = 0; y < rows; ++y)
-      sum += read(load_channels(map + y * row_stride + x * column_stride, column_stride, count - x));
+      sum += read(load_lanes(map + y * row_stride + x * column_stride, column_stride, count - x));
     store(sums + x, sum);
   }
 }
@@ -224,7 +183,7 @@ ANNNET_INLINE void add_pixels(const T* source, int64_t stride, int64_t pixels, i
   Vec<T> sum = load(sums);
   for (int64_t x = 0; x < pixels; ++x) {
     prefetch(source + x * stride);
-    sum += read(load_channels(source + x * stride, 1, count));
+    sum += read(load_lanes(source + x * stride, 1, count));
   }
   store(sums, sum);
 }
@@ -275,7 +234,7 @@ void finish(const PoolArgs& args, PoolUnit unit, const void* bins) {
         const Acc<T>* source = first + column_bin * args.block + c;
         Vec<T> sum = load(source);
         for (int64_t s = 1; s < segments; ++s) sum += load(source + s * per_segment);
-        store_channels(token + c * args.tokens.channel, args.tokens.channel, sum / area, unit.count - c);
+        store_lanes(token + c * args.tokens.channel, args.tokens.channel, sum / area, unit.count - c);
       }
     }
   }
@@ -304,7 +263,7 @@ void cells_of_row_segment(const PoolArgs& args, PoolUnit unit, int64_t block, in
       for (int64_t c = 0; c < unit.count; c += kLanes<T>) {
         Acc<T>* sum = column_bins + column_bin * block + c;
         store(sum,
-              load(sum) + load_channels(token + c * args.tokens.channel, args.tokens.channel, unit.count - c) * share);
+              load(sum) + load_lanes(token + c * args.tokens.channel, args.tokens.channel, unit.count - c) * share);
       }
     }
   }

@@ -1,0 +1,291 @@
+// annnet_native::batch_norm_* on the CPU: checks, layouts and threads around the kernels, and the sums of their parts.
+#include "batch_norm.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "../checks.h"
+#include "levels.h"
+#include "tensors.h"
+
+namespace annnet {
+
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Pixels of a unit: in both cases a float32 sum adds 64 vectors, each the sum of four.
+constexpr int64_t kUnitPixels[] = {4096, 256};
+// Channels of a unit: their sums and constants stay in the first-level cache.
+constexpr int64_t kUnitChannels = 512;
+// Elements below which a second thread costs more than it brings.
+constexpr int64_t kGrain = 1 << 15;
+
+// Maps of one shape, the way they are walked, and the units they are cut into.
+class Problem {
+ public:
+  // The layout of `y` decides. `grad` and `out` may be undefined.
+  Problem(const at::Tensor& y, const at::Tensor& grad, const at::Tensor& out)
+      : dtype(dtype_of(y, "y")), images(y.size(0)), pixels(y.size(2) * y.size(3)) {
+    const bool rows_lie_together = y.size(3) == 1 || (y.stride(2) == 1 && y.stride(3) != 1);
+    const int64_t line = rows_lie_together ? 3 : 2, step = rows_lie_together ? 2 : 3;
+    args.channels = y.size(1);
+    args.length = y.size(step);
+    bool one_line = true;
+    for (const auto& [x, map] : {std::pair(&y, &args.y), std::pair(&grad, &args.grad), std::pair(&out, &args.out)}) {
+      if (!x->defined()) continue;
+      *map = {const_cast<void*>(x->const_data_ptr()), x->stride(0), x->stride(1), x->stride(line), x->stride(step)};
+      one_line = one_line && (x->size(line) == 1 || map->line == args.length * map->step);
+    }
+    if (one_line) args.length = pixels;
+    const int64_t run = args.y.step == 1 ? args.length : 1;
+    lanes = args.y.channel == 1 && args.channels > run ? kChannels : kPixels;
+    chunks = (pixels + kUnitPixels[lanes] - 1) / kUnitPixels[lanes];
+    if (lanes == kChannels) {
+      const int64_t blocks = (args.channels + kUnitChannels - 1) / kUnitChannels;
+      unit_channels = ((args.channels + blocks - 1) / blocks + 15) / 16 * 16;
+    }
+    blocks = (args.channels + unit_channels - 1) / unit_channels;
+  }
+
+  // Which partial sums a unit makes.
+  int64_t part(const BatchNormUnit& unit) const { return unit.image * chunks + unit.first / kUnitPixels[lanes]; }
+  int64_t parts() const { return images * chunks; }
+  // Pixels behind a part.
+  int64_t part_pixels(int64_t part) const {
+    return std::min(kUnitPixels[lanes], pixels - part % chunks * kUnitPixels[lanes]);
+  }
+
+  template <class Body>
+  void for_units(const Body& body) const {
+    const int64_t unit_size = unit_channels * std::min(pixels, kUnitPixels[lanes]);
+    at::parallel_for(0, images * chunks * blocks, std::max<int64_t>(1, kGrain / unit_size),
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t index = begin; index < end; ++index) body(unit(index));
+                     });
+  }
+
+  // Calls kernel(args, unit, partial) for all units and returns the partial sums, (parts, rows, C).
+  at::Tensor sum(BatchNormKernels::Sum kernel, int64_t rows) const {
+    const at::ScalarType type = dtype == kFloat64 ? at::kDouble : at::kFloat;
+    const at::Tensor partial = at::empty({parts(), rows, args.channels}, at::TensorOptions().dtype(type));
+    char* memory = static_cast<char*>(partial.mutable_data_ptr());
+    const int64_t bytes = rows * args.channels * static_cast<int64_t>(partial.element_size());
+    for_units([&](const BatchNormUnit& unit) { kernel(args, unit, memory + part(unit) * bytes); });
+    return partial;
+  }
+
+  void map(BatchNormKernels::Map kernel) const {
+    for_units([&](const BatchNormUnit& unit) { kernel(args, unit); });
+  }
+
+  Dtype dtype;
+  Lanes lanes;
+  BatchNormArgs args = {};
+
+ private:
+  // Units that follow each other are neighbours in memory.
+  BatchNormUnit unit(int64_t index) const {
+    int64_t block, chunk;
+    if (lanes == kChannels) {
+      block = index % blocks;
+      chunk = index / blocks % chunks;
+    } else {
+      chunk = index % chunks;
+      block = index / chunks % blocks;
+    }
+    const int64_t channel = block * unit_channels, first = chunk * kUnitPixels[lanes];
+    return {index / (blocks * chunks), channel, std::min(unit_channels, args.channels - channel), first,
+            std::min(first + kUnitPixels[lanes], pixels)};
+  }
+
+  int64_t images, pixels, chunks, blocks, unit_channels = 1;
+};
+
+at::ScalarType accumulator(const at::Tensor& y) { return y.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+void check_vector(const at::Tensor& vector, const char* name, const at::Tensor& y, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(vector.sizes() == shape, name, ": expected shape ", shape, ", got ", vector.sizes());
+  TORCH_CHECK_TYPE(vector.scalar_type() == accumulator(y), name, ": expected dtype ", accumulator(y), ", got ",
+                   vector.scalar_type());
+}
+
+// The vectors of a call, contiguous.
+struct Vectors {
+  Vectors(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& invstd, const at::Tensor& weight,
+          const at::Tensor& bias, const OptionalTensor& channel_scale, const OptionalTensor& mean_sums) {
+    ANNNET_CHECK_RANK(y, 4);
+    const int64_t channels = y.size(1);
+    check_vector(mean, "mean", y, {channels});
+    check_vector(invstd, "invstd", y, {channels});
+    check_vector(weight, "weight", y, {channels});
+    check_vector(bias, "bias", y, {channels});
+    held = {mean.contiguous(), invstd.contiguous(), weight.contiguous(), bias.contiguous()};
+    if (channel_scale) {
+      check_vector(*channel_scale, "channel_scale", y, {y.size(0), channels});
+      factors = channel_scale->contiguous();
+    }
+    if (mean_sums) {
+      check_vector(*mean_sums, "mean_sums", y, {2, channels});
+      means = mean_sums->contiguous();
+    }
+  }
+
+  void give_to(BatchNormArgs& args) const {
+    args.mean = held[0].const_data_ptr();
+    args.invstd = held[1].const_data_ptr();
+    args.weight = held[2].const_data_ptr();
+    args.bias = held[3].const_data_ptr();
+    if (factors.defined()) args.channel_scale = factors.const_data_ptr();
+    if (means.defined()) {
+      args.mean_g = means.const_data_ptr();
+      args.mean_g_hat = static_cast<const char*>(args.mean_g) + args.channels * means.element_size();
+    }
+  }
+
+  std::vector<at::Tensor> held;
+  at::Tensor factors, means;
+};
+
+// Calls body(begin, end) for shares of the channels, whose parts are to be added.
+template <class Body>
+void for_channels(const Problem& problem, const Body& body) {
+  at::parallel_for(0, problem.args.channels, std::max<int64_t>(1, kGrain / problem.parts()), body);
+}
+
+// out (2, C) = mean and biased variance from the parts' shifts, sums and sums of squares.
+template <class T>
+void merge_moments(const Problem& problem, const at::Tensor& partial, at::Tensor& out) {
+  const int64_t channels = problem.args.channels;
+  const T* parts = partial.const_data_ptr<T>();
+  T* target = out.mutable_data_ptr<T>();
+  double total = 0;
+  for (int64_t part = 0; part < problem.parts(); ++part) total += static_cast<double>(problem.part_pixels(part));
+  for_channels(problem, [&](int64_t begin, int64_t end) {
+    std::vector<double> mean(end), moment(end);
+    for (int64_t part = 0; part < problem.parts(); ++part) {
+      const T* shift = parts + part * 3 * channels;
+      const T* sum = shift + channels;
+      const double count = static_cast<double>(problem.part_pixels(part));
+      for (int64_t c = begin; c < end; ++c) mean[c] += count * shift[c] + sum[c];
+    }
+    for (int64_t c = begin; c < end; ++c) mean[c] /= total;
+    for (int64_t part = 0; part < problem.parts(); ++part) {
+      const T* shift = parts + part * 3 * channels;
+      const T* sum = shift + channels;
+      const T* squares = sum + channels;
+      const double share = 1 / static_cast<double>(problem.part_pixels(part));
+      for (int64_t c = begin; c < end; ++c) {
+        const double rest = sum[c] * share, distance = shift[c] + rest - mean[c];
+        moment[c] += squares[c] - sum[c] * rest + distance * distance / share;
+      }
+    }
+    for (int64_t c = begin; c < end; ++c) {
+      target[c] = static_cast<T>(mean[c]);
+      target[channels + c] = static_cast<T>(std::max(moment[c] / total, 0.0));
+    }
+  });
+}
+
+// out (2, C) = Σ g and Σ g·ŷ from the parts' Σ g and Σ g·(y − mean).
+template <class T>
+void merge_sums(const Problem& problem, const at::Tensor& partial, at::Tensor& out) {
+  const int64_t channels = problem.args.channels;
+  const T* parts = partial.const_data_ptr<T>();
+  const T* invstd = static_cast<const T*>(problem.args.invstd);
+  T* target = out.mutable_data_ptr<T>();
+  for_channels(problem, [&](int64_t begin, int64_t end) {
+    std::vector<double> first(end), second(end);
+    for (int64_t part = 0; part < problem.parts(); ++part) {
+      const T* row = parts + part * 2 * channels;
+      for (int64_t c = begin; c < end; ++c) {
+        first[c] += row[c];
+        second[c] += row[channels + c];
+      }
+    }
+    for (int64_t c = begin; c < end; ++c) {
+      target[c] = static_cast<T>(first[c]);
+      target[channels + c] = static_cast<T>(second[c] * invstd[c]);
+    }
+  });
+}
+
+void check_rows(const at::Tensor& out, const at::Tensor& y) {
+  check_vector(out, "out", y, {2, y.size(1)});
+  TORCH_CHECK_VALUE(out.is_contiguous(), "out: expected a contiguous tensor, got strides ", out.strides());
+}
+
+void check_like(const at::Tensor& x, const char* name, const at::Tensor& y) {
+  TORCH_CHECK_VALUE(x.sizes() == y.sizes(), name, ": expected the shape of y, ", y.sizes(), ", got ", x.sizes());
+  TORCH_CHECK_TYPE(x.scalar_type() == y.scalar_type(), name, ": expected the dtype of y, ", y.scalar_type(), ", got ",
+                   x.scalar_type());
+}
+
+void batch_norm_statistics(const at::Tensor& y, at::Tensor& out) {
+  ANNNET_CHECK_RANK(y, 4);
+  check_rows(out, y);
+  if (y.numel() == 0) {
+    out.fill_(std::numeric_limits<double>::quiet_NaN());
+    return;
+  }
+  const Problem problem(y, {}, {});
+  const at::Tensor partial = problem.sum(kernels().batch_norm.moments[problem.lanes][problem.dtype], 3);
+  (problem.dtype == kFloat64 ? merge_moments<double> : merge_moments<float>)(problem, partial, out);
+}
+
+void batch_norm_apply(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& invstd, const at::Tensor& weight,
+                      const at::Tensor& bias, const OptionalTensor& channel_scale, bool relu, at::Tensor& out) {
+  const Vectors vectors(y, mean, invstd, weight, bias, channel_scale, {});
+  check_like(out, "out", y);
+  if (y.numel() == 0) return;
+  Problem problem(y, {}, out);
+  vectors.give_to(problem.args);
+  problem.map(kernels().batch_norm.apply[relu][problem.lanes][problem.dtype]);
+}
+
+void batch_norm_bwd_sums(const at::Tensor& grad_out, const at::Tensor& y, const at::Tensor& mean,
+                         const at::Tensor& invstd, const at::Tensor& weight, const at::Tensor& bias,
+                         const OptionalTensor& channel_scale, bool relu, at::Tensor& out) {
+  const Vectors vectors(y, mean, invstd, weight, bias, channel_scale, {});
+  check_like(grad_out, "grad_out", y);
+  check_rows(out, y);
+  if (y.numel() == 0) {
+    out.zero_();
+    return;
+  }
+  Problem problem(y, grad_out, {});
+  vectors.give_to(problem.args);
+  const at::Tensor partial = problem.sum(kernels().batch_norm.sums[relu][problem.lanes][problem.dtype], 2);
+  (problem.dtype == kFloat64 ? merge_sums<double> : merge_sums<float>)(problem, partial, out);
+}
+
+void batch_norm_bwd_input(const at::Tensor& grad_out, const at::Tensor& y, const at::Tensor& mean,
+                          const at::Tensor& invstd, const at::Tensor& weight, const at::Tensor& bias,
+                          const OptionalTensor& channel_scale, bool relu, const OptionalTensor& mean_sums,
+                          at::Tensor& dy) {
+  const Vectors vectors(y, mean, invstd, weight, bias, channel_scale, mean_sums);
+  check_like(grad_out, "grad_out", y);
+  check_like(dy, "dy", y);
+  if (y.numel() == 0) return;
+  Problem problem(y, grad_out, dy);
+  vectors.give_to(problem.args);
+  problem.map(kernels().batch_norm.input[mean_sums.has_value()][relu][problem.lanes][problem.dtype]);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(annnet_native, CPU, m) {
+  m.impl("batch_norm_statistics", &batch_norm_statistics);
+  m.impl("batch_norm_apply", &batch_norm_apply);
+  m.impl("batch_norm_bwd_sums", &batch_norm_bwd_sums);
+  m.impl("batch_norm_bwd_input", &batch_norm_bwd_input);
+}
+
+}  // namespace annnet

@@ -1,0 +1,48 @@
+// Arguments and table of the kernels of the normalising tail. Plain C types only: see levels.h.
+//
+// All maps of a call have the same shape and are walked alike: as lines of `length` pixels, one line of all pixels
+// where the strides allow it. The lanes of a vector are channels where these are neighbours in memory, else pixels of
+// a line. A unit, the smallest piece of work, does not depend on the number of threads, and partial sums are added in
+// the order of the units: results are bitwise the same for any number of threads.
+#pragma once
+
+#include <stdint.h>
+
+#include "dtypes.h"
+
+namespace annnet {
+
+// Strides are in elements.
+struct BatchNormMap {
+  void* data;
+  int64_t batch, channel, line, step;
+};
+
+// The vectors are (C) in the accumulator's dtype, and null where a kernel does not need them.
+struct BatchNormArgs {
+  int64_t channels, length;
+  BatchNormMap y, grad, out;
+  const void *mean, *invstd, *weight, *bias;
+  const void* channel_scale;        // (B, C), or null for 1
+  const void *mean_g, *mean_g_hat;  // Σ g / n and Σ g·ŷ / n
+};
+
+// Pixels first … last - 1 of the channels channel … channel + channels - 1 of an image.
+struct BatchNormUnit {
+  int64_t image, channel, channels, first, last;
+};
+
+enum Lanes { kPixels, kChannels };
+
+struct BatchNormKernels {
+  using Map = void (*)(const BatchNormArgs&, BatchNormUnit);
+  // Writes rows of C accumulators, of which a unit fills its channels.
+  using Sum = void (*)(const BatchNormArgs&, BatchNormUnit, void* partial);
+
+  Sum moments[2][kDtypes];      // [lanes]: three rows, a shift K, Σ (y − K), Σ (y − K)²
+  Map apply[2][2][kDtypes];     // [relu][lanes]
+  Sum sums[2][2][kDtypes];      // [relu][lanes]: two rows, Σ g, Σ g·(y − mean)
+  Map input[2][2][2][kDtypes];  // [whether mean_g and mean_g_hat are given][relu][lanes]
+};
+
+}  // namespace annnet
