@@ -30,7 +30,7 @@ native: $(READY)  ## rebuild the extension in place
 $(READY): pyproject.toml $(NATIVE_SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja "torch>=2.10" numpy
+	$(BIN)/python -m pip install --quiet "setuptools>=64" wheel ninja "torch>=2.10" numpy
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 

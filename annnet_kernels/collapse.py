@@ -64,13 +64,13 @@ class Parts(NamedTuple):
 
 def collapsed_forward(parts: Parts, low: Tensor, high: Tensor) -> Tensor:
     """The block's output (B, C_out, H, W) from low (B, C_l, H_l, W_l) and high (B, C_h, H, W)."""
-    value = _token_values(parts, pyramid_pool(low, parts.pool_sizes))
-    constant = constant_of(parts)
-    if parts.join is None:
+    context_weight, high_weight = halves_of(parts)
+    value = _token_values(parts, context_weight, pyramid_pool(low, parts.pool_sizes))
+    constant = constant_of(parts, context_weight)
+    if high_weight is None:
         addend = constant[:, None, None].expand(high.shape[0], -1, *high.shape[2:])
     else:
-        weight = parts.join.weight[:, parts.out.out_channels :]
-        addend = F.conv2d(high, weight, constant.to(weight.dtype))
+        addend = F.conv2d(high, high_weight, constant.to(high_weight.dtype))
     return _finish(parts.tail, _attend(parts, low, high, value, addend))
 
 
@@ -136,7 +136,18 @@ def _rectified(projection: Projection, x: Tensor, calls: int) -> Tensor:
     return rectified
 
 
-def _token_values(parts: Parts, pooled: Tensor) -> Tensor:
+def halves_of(parts: Parts) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """W_1 and W_2 as convolution weights, (C_out, C_out, 1, 1) and (C_out, C_h, 1, 1); None without a bottleneck.
+
+    Split once: each slice of its own would pad its gradient to the whole weight.
+    """
+    if parts.join is None:
+        return None, None
+    first, second = parts.join.weight.split([parts.out.out_channels, parts.query.conv.in_channels], dim=1)
+    return first, second
+
+
+def _token_values(parts: Parts, context_weight: Tensor | None, pooled: Tensor) -> Tensor:
     """U, (B, C_out, T): pooled features (B, C_l, T) carried through every later projection, in float32 at least.
 
     The rows are few (110 per image), so the products are small; ``multi_dot`` picks the cheapest order by counted
@@ -144,27 +155,26 @@ def _token_values(parts: Parts, pooled: Tensor) -> Tensor:
     """
     batch, _, tokens = pooled.shape
     with torch.autocast(pooled.device.type, enabled=False):
-        matrices = matrices_of(parts)
+        matrices = matrices_of(parts, context_weight)
         rows = pooled.transpose(1, 2).flatten(0, 1).to(matrices[0].dtype)
         values: Tensor = torch.linalg.multi_dot([rows, *matrices])
         return values.view(batch, tokens, values.shape[1]).transpose(1, 2)
 
 
-def matrices_of(parts: Parts) -> list[Tensor]:
+def matrices_of(parts: Parts, context_weight: Tensor | None) -> list[Tensor]:
     """W_vᵀ, Wᵀ and, with a bottleneck, W_1ᵀ: their product maps a pooled row to its token; float32 at least."""
     weights = [parts.value.weight, parts.out.weight]
-    if parts.join is not None:
-        weights.append(parts.join.weight[:, : parts.out.out_channels])
+    if context_weight is not None:
+        weights.append(context_weight)
     return [weight.flatten(1).t().to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
 
 
-def constant_of(parts: Parts) -> Tensor:
+def constant_of(parts: Parts, context_weight: Tensor | None) -> Tensor:
     """c, (C_out): what the biases amount to once they have passed through A unchanged; float32 at least."""
     with torch.autocast(parts.value.weight.device.type, enabled=False):
         constant = _affine(parts.out.weight, _bias(parts.value), _bias(parts.out))
-        if parts.join is not None:
-            context_half = parts.join.weight[:, : parts.out.out_channels]
-            constant = _affine(context_half, constant, _bias(parts.join))
+        if context_weight is not None and parts.join is not None:
+            constant = _affine(context_weight, constant, _bias(parts.join))
         return constant
 
 

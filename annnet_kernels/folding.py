@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks
-from .collapse import HOOKS, Parts, constant_of, matrices_of, why_plain
+from .collapse import HOOKS, Parts, constant_of, halves_of, matrices_of, why_plain
 from .functional import pyramid_pool
 from .normalization import FUSABLE_NORMS, attend_rectified, normalization, pool_rectified, uses_batch_statistics
 
@@ -222,12 +222,12 @@ def why_not_folded(parts: Parts) -> str | None:
 
 def fold_block(parts: Parts) -> FoldedBlock:
     """The weight products of a block in evaluation mode."""
-    value, *others = matrices_of(parts)
-    token_matrix = torch.linalg.multi_dot([value, *others])
-    constant = constant_of(parts)
-    if parts.join is None:
+    context_weight, high_weight = halves_of(parts)
+    token_matrix = torch.linalg.multi_dot(matrices_of(parts, context_weight))
+    constant = constant_of(parts, context_weight)
+    if high_weight is None:
         return FoldedBlock(token_matrix, None, constant, relu=False)
-    weight = parts.join.weight[:, parts.out.out_channels :].to(constant.dtype)
+    weight = high_weight.to(constant.dtype)
     norm: Any = parts.tail[0]
     dtype = constant.dtype
     scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
