@@ -9,14 +9,34 @@ namespace annnet::ANNNET_LEVEL {
 
 // ---- where the elements are ----
 
+// Pixels of one image.
+struct Block {
+  int64_t image;
+  Range pixels;
+};
+
+// A block's memory in a map; nothing where neither its pixels nor its channels are neighbours.
 template <class T>
-void set_pixels(Positions<T>& positions, const PoolMap& map, int64_t width, int64_t image, Range pixels) {
-  positions.data = static_cast<const T*>(map.data) + image * map.batch;
+Ahead ahead_of(const PoolMap& map, int64_t channels, int64_t width, Block block) {
+  constexpr int64_t kSize = sizeof(T), kRestOfLine = 63;
+  const int64_t row = block.pixels.begin / width, column = block.pixels.begin % width;
+  const T* const first =
+      static_cast<const T*>(map.data) + block.image * map.batch + row * map.row + column * map.column;
+  const int64_t pixels = block.pixels.end - block.pixels.begin;
+  if (map.column == 1)
+    return {reinterpret_cast<const char*>(first), map.channel * kSize, pixels * kSize + kRestOfLine, channels};
+  if (map.channel == 1) return {reinterpret_cast<const char*>(first), map.column * kSize, channels * kSize, pixels};
+  return {};
+}
+
+template <class T>
+void set_pixels(Positions<T>& positions, const PoolMap& map, int64_t width, Block block) {
+  positions.data = static_cast<const T*>(map.data) + block.image * map.batch;
   positions.channel_stride = map.channel;
   positions.count = 0;
-  for (int64_t pixel = pixels.begin; pixel < pixels.end;) {
+  for (int64_t pixel = block.pixels.begin; pixel < block.pixels.end;) {
     const int64_t row = pixel / width, column = pixel % width;
-    const int64_t length = minimum(width - column, pixels.end - pixel);
+    const int64_t length = minimum(width - column, block.pixels.end - pixel);
     positions.append(row * map.row + column * map.column, map.column, length);
     pixel += length;
   }
@@ -50,13 +70,13 @@ void set_buffer(Positions<A>& positions, const A* buffer, int64_t pixels) {
 // result[token][pixel] = Σ_channel tokens[channel][token] map[channel][pixel]
 template <class T>
 void contract_channels(const Positions<T>& map, int64_t channels, int64_t tokens, const Element<T>* by_channel,
-                       Element<T>* chunk, Acc<T>* result) {
+                       Element<T>* chunk, Acc<T>* result, Ahead& ahead) {
   const int64_t stride = leading_dimension<T>(tokens);
   for (int64_t begin = 0; begin < channels; begin += kChunk) {
     const int64_t end = minimum(begin + kChunk, channels);
     pack_channels<T>(map, begin, end, chunk, kBlockStride<T>);
     multiply<T>(tokens, map.count, end - begin, by_channel + begin / Operand<T>::kStep * stride, stride, chunk,
-                kBlockStride<T>, ToBuffer<T>{result, kBlockStride<T>, begin > 0});
+                kBlockStride<T>, ToBuffer<T>{result, kBlockStride<T>, begin > 0}, ahead);
   }
 }
 
@@ -75,29 +95,29 @@ struct ToMap {
 
 // map[channel][pixel] = Σ_token tokens[token][channel] weights[token][pixel], plus an addend if given
 template <class T>
-void contract_tokens(const Attention& args, void* map, int64_t channels, int64_t image, Range pixels,
-                     const Element<T>* by_token, const Element<T>* weights, const Positions<T>* addend) {
+void contract_tokens(const Attention& args, void* map, int64_t channels, Block block, const Element<T>* by_token,
+                     const Element<T>* weights, const Positions<T>* addend, Ahead& ahead) {
   const AttentionSizes& s = args.sizes;
-  const int64_t stride = leading_dimension<T>(channels), count = pixels.end - pixels.begin;
-  T* const target = static_cast<T*>(map) + image * s.pixels * channels;
+  const int64_t stride = leading_dimension<T>(channels), count = block.pixels.end - block.pixels.begin;
+  T* const target = static_cast<T*>(map) + block.image * s.pixels * channels;
   if (args.channels_last)
     multiply<T>(count, channels, s.tokens, weights, kBlockStride<T>, by_token, stride,
-                ToMap<false, T>{target + pixels.begin * channels, channels, count, channels, addend});
+                ToMap<false, T>{target + block.pixels.begin * channels, channels, count, channels, addend}, ahead);
   else
     multiply<T>(channels, count, s.tokens, by_token, stride, weights, kBlockStride<T>,
-                ToMap<true, T>{target + pixels.begin, s.pixels, channels, count, addend});
+                ToMap<true, T>{target + block.pixels.begin, s.pixels, channels, count, addend}, ahead);
 }
 
 // sums[token][channel] (+)= Σ_pixel weights[pixel][token] map[channel][pixel]
 template <class T>
 void contract_pixels(const Positions<T>& map, int64_t channels, int64_t tokens, const Element<T>* weights_by_pixel,
-                     Element<T>* chunk, Acc<T>* sums, bool add) {
+                     Element<T>* chunk, Acc<T>* sums, bool add, Ahead& ahead) {
   const int64_t stride = leading_dimension<T>(tokens), sums_stride = leading_dimension<T>(channels);
   for (int64_t begin = 0; begin < channels; begin += kChunk) {
     const int64_t end = minimum(begin + kChunk, channels), chunk_stride = leading_dimension<T>(end - begin);
     pack_positions<T>(map, begin, end, chunk, chunk_stride);
     multiply<T>(tokens, end - begin, map.count, weights_by_pixel, stride, chunk, chunk_stride,
-                ToBuffer<T>{sums + begin, sums_stride, add});
+                ToBuffer<T>{sums + begin, sums_stride, add}, ahead);
   }
 }
 
@@ -150,20 +170,24 @@ void attention_forward(const Attention& args, char* memory, int64_t begin, int64
   const AttentionSizes& s = args.sizes;
   const Scratch<T> scratch(memory, s, false);
   const bool add = args.addend.data != nullptr;
+  const auto block_of = [&](int64_t index) {
+    return Block{index / args.plan.blocks, piece<T>(s.pixels, args.plan.blocks, index % args.plan.blocks)};
+  };
   Positions<T> query, addend;
   if (args.rectify) query.norm = &args.norm;
   for (int64_t index = begin; index < end; ++index) {
-    const int64_t image = index / args.plan.blocks;
-    const Range pixels = piece<T>(s.pixels, args.plan.blocks, index % args.plan.blocks);
-    const PackedTokens<T> packed(args.packed + image * args.plan.packed_bytes, s, false);
-    set_pixels(query, args.query, s.width, image, pixels);
-    contract_channels(query, s.key_channels, s.tokens, packed.key_by_channel, scratch.chunk, scratch.probabilities);
+    const Block block = block_of(index);
+    const PackedTokens<T> packed(args.packed + block.image * args.plan.packed_bytes, s, false);
+    Ahead ahead = index + 1 < end ? ahead_of<T>(args.query, s.key_channels, s.width, block_of(index + 1)) : Ahead{};
+    set_pixels(query, args.query, s.width, block);
+    contract_channels(query, s.key_channels, s.tokens, packed.key_by_channel, scratch.chunk, scratch.probabilities,
+                      ahead);
     softmax(scratch.probabilities, s.tokens, query.count, static_cast<Acc<T>>(args.scale),
-            static_cast<Acc<T>*>(args.logsumexp) + image * s.pixels + pixels.begin);
-    if (add) set_pixels(addend, args.addend, s.width, image, pixels);
-    contract_tokens<T>(args, args.out, s.value_channels, image, pixels, packed.value_by_token,
+            static_cast<Acc<T>*>(args.logsumexp) + block.image * s.pixels + block.pixels.begin);
+    if (add) set_pixels(addend, args.addend, s.width, block);
+    contract_tokens<T>(args, args.out, s.value_channels, block, packed.value_by_token,
                        as_operand<T>(scratch.probabilities, s.tokens, query.count, scratch.weights),
-                       add ? &addend : nullptr);
+                       add ? &addend : nullptr, ahead);
   }
 }
 
@@ -180,28 +204,36 @@ void attention_backward(const Attention& args, char* memory, int64_t begin, int6
     const Sums<T> sums(args.sums + index * args.plan.sums_bytes, s);
     const Range split = piece<T>(s.pixels, args.plan.splits, index % args.plan.splits);
     const int64_t blocks = blocks_of<T>(split.end - split.begin);
-    for (int64_t block = 0; block < blocks; ++block) {
-      Range pixels = piece<T>(split.end - split.begin, blocks, block);
-      pixels = {split.begin + pixels.begin, split.begin + pixels.end};
-      set_pixels(query, args.query, s.width, image, pixels);
-      set_pixels(gradient, args.grad_out, s.width, image, pixels);
-      contract_channels(query, s.key_channels, s.tokens, packed.key_by_channel, scratch.chunk, scratch.probabilities);
+    const auto block_of = [&](int64_t number) {
+      const Range pixels = piece<T>(split.end - split.begin, blocks, number);
+      return Block{image, {split.begin + pixels.begin, split.begin + pixels.end}};
+    };
+    for (int64_t number = 0; number < blocks; ++number) {
+      const Block block = block_of(number);
+      Ahead ahead = ahead_of<T>(args.grad_out, s.value_channels, s.width, block);
+      set_pixels(query, args.query, s.width, block);
+      set_pixels(gradient, args.grad_out, s.width, block);
+      contract_channels(query, s.key_channels, s.tokens, packed.key_by_channel, scratch.chunk, scratch.probabilities,
+                        ahead);
       softmax<Acc<T>>(scratch.probabilities, s.tokens, query.count, scale, nullptr);
+      if (number + 1 < blocks) ahead = ahead_of<T>(args.query, s.key_channels, s.width, block_of(number + 1));
       if (args.needs_value) {
         transpose_weights<T>(scratch.probabilities, s.tokens, query.count, scratch.weights_by_pixel);
         contract_pixels(gradient, s.value_channels, s.tokens, scratch.weights_by_pixel, scratch.chunk, sums.dvalue,
-                        block > 0);
+                        number > 0, ahead);
       }
       if (!args.needs_query && !args.needs_key) continue;
       contract_channels(gradient, s.value_channels, s.tokens, packed.value_by_channel, scratch.chunk,
-                        scratch.logit_gradients);
+                        scratch.logit_gradients, ahead);
       softmax_gradient(scratch.logit_gradients, scratch.probabilities, s.tokens, query.count, scale);
       if (args.needs_query)
-        contract_tokens<T>(args, args.dquery, s.key_channels, image, pixels, packed.key_by_token,
-                           as_operand<T>(scratch.logit_gradients, s.tokens, query.count, scratch.weights), nullptr);
+        contract_tokens<T>(args, args.dquery, s.key_channels, block, packed.key_by_token,
+                           as_operand<T>(scratch.logit_gradients, s.tokens, query.count, scratch.weights), nullptr,
+                           ahead);
       if (args.needs_key) {
         transpose_weights<T>(scratch.logit_gradients, s.tokens, query.count, scratch.weights_by_pixel);
-        contract_pixels(query, s.key_channels, s.tokens, scratch.weights_by_pixel, scratch.chunk, sums.dkey, block > 0);
+        contract_pixels(query, s.key_channels, s.tokens, scratch.weights_by_pixel, scratch.chunk, sums.dkey, number > 0,
+                        ahead);
       }
     }
   }

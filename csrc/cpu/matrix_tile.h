@@ -5,6 +5,7 @@
 // widened to float32 elsewhere.
 #pragma once
 
+#include "ahead.h"
 #include "vector.h"
 
 namespace annnet::ANNNET_LEVEL {
@@ -85,13 +86,15 @@ ANNNET_INLINE void deep_tile(int64_t depth, const Element<T>* a, int64_t lda, co
 }
 
 // Hands every vector of C to sink(row, column, vector). Rows come in whole tiles and columns in whole vectors, so
-// the sink also gets what lies beyond `rows` and `columns`: values without meaning.
+// the sink also gets what lies beyond `rows` and `columns`: values without meaning. Between tiles, `ahead` takes a
+// step.
 template <class T, class Sink>
 inline void multiply(int64_t rows, int64_t columns, int64_t depth, const Element<T>* a, int64_t lda,
-                     const Element<T>* b, int64_t ldb, const Sink& sink) {
+                     const Element<T>* b, int64_t ldb, const Sink& sink, Ahead& ahead) {
   for (int64_t column = 0; column < columns; column += kTileVectors * kLanes<T>) {
     const int64_t vectors = (columns - column + kLanes<T> - 1) / kLanes<T>;
     for (int64_t row = 0; row < rows; row += kTileRows) {
+      ahead.step();
       if (vectors >= kTileVectors)
         deep_tile<T, kTileVectors>(depth, a, lda, b, ldb, sink, row, column);
       else if (vectors == 2)

@@ -37,11 +37,6 @@ struct Positions {
   }
 };
 
-template <class T>
-ANNNET_INLINE Vec<T> load_some(const T* source, int64_t count) {
-  return count >= kLanes<T> ? load(source) : load_first(source, count);
-}
-
 // What lies outside keeps its zero.
 template <bool kChannelRows, class T>
 ANNNET_INLINE void rectify(const PoolNorm& norm, int64_t channel, int64_t channels, int64_t positions,
@@ -67,11 +62,11 @@ ANNNET_INLINE void load_block(const Positions<T>& source, int64_t channel, int64
   const int64_t positions = minimum(source.count - group * kWidth, kWidth);
   const T* first = source.data + channel * source.channel_stride;
   if (source.channel_stride == 1) {
-    for (int i = 0; i < kWidth; ++i) rows[i] = i < positions ? load_some(first + offset[i], channels) : Vec<T>{};
+    for (int i = 0; i < kWidth; ++i) rows[i] = i < positions ? load_lanes(first + offset[i], 1, channels) : Vec<T>{};
     if constexpr (kChannelRows) transpose(rows);
   } else if (source.adjacent[group]) {
     for (int i = 0; i < kWidth; ++i)
-      rows[i] = i < channels ? load_some(first + offset[0] + i * source.channel_stride, positions) : Vec<T>{};
+      rows[i] = i < channels ? load_lanes(first + offset[0] + i * source.channel_stride, 1, positions) : Vec<T>{};
     if constexpr (!kChannelRows) transpose(rows);
   } else {
     Acc<T> elements[kWidth][kWidth] = {};
@@ -89,13 +84,12 @@ ANNNET_INLINE Vec<T> load_row(const Positions<T>& source, int64_t row, int64_t c
   const int64_t count = minimum(columns - column, kLanes<T>);
   if constexpr (kChannelRows) {
     const T* first = source.data + row * source.channel_stride;
-    if (source.adjacent[column / kLanes<T>]) return load_some(first + source.offset[column], count);
+    if (source.adjacent[column / kLanes<T>]) return load_lanes(first + source.offset[column], 1, count);
     T elements[kLanes<T>] = {};
     for (int64_t i = 0; i < count; ++i) elements[i] = first[source.offset[column + i]];
     return load(elements);
   } else {
-    return load_lanes(source.data + source.offset[row] + column * source.channel_stride, source.channel_stride,
-                         count);
+    return load_lanes(source.data + source.offset[row] + column * source.channel_stride, source.channel_stride, count);
   }
 }
 
