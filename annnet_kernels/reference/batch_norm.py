@@ -10,7 +10,10 @@ def batch_norm_statistics_out(y: Tensor, statistics: Tensor) -> None:
     if y.numel() == 0:
         statistics.fill_(torch.nan)
         return
-    var, mean = torch.var_mean(y.to(statistics.dtype), dim=(0, 2, 3), correction=0)
+    wide = y.to(statistics.dtype)
+    var, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
+    # An infinite mean is infinite in BatchNorm; the updates of var_mean make it NaN.
+    mean = torch.where(mean.isnan(), wide.mean((0, 2, 3)), mean)
     torch.stack((mean, var), out=statistics)
 
 
@@ -43,7 +46,8 @@ def batch_norm_bwd_sums_out(
 ) -> None:
     normal = _normalised(y, mean, invstd)
     g = _gradient_of_normalised(grad_out, normal, weight, bias, channel_scale, relu)
-    torch.stack((g.sum((0, 2, 3)), (g * normal).sum((0, 2, 3))), out=sums)
+    terms = torch.stack((g, g * normal))
+    sums.copy_(terms.sum((1, 3, 4), dtype=torch.float64))
 
 
 def batch_norm_bwd_input_out(

@@ -21,7 +21,7 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// Pixels of a unit: in both cases a float32 sum adds 64 vectors, each the sum of four.
+// Pixels of a unit, by the meaning of the lanes.
 constexpr int64_t kUnitPixels[] = {4096, 256};
 // Channels of a unit: their sums and constants stay in the first-level cache.
 constexpr int64_t kUnitChannels = 512;
@@ -72,18 +72,9 @@ class Problem {
                      });
   }
 
-  // Calls kernel(args, unit, partial) for all units and returns the partial sums, (parts, rows, C).
-  at::Tensor sum(BatchNormKernels::Sum kernel, int64_t rows) const {
-    const at::ScalarType type = dtype == kFloat64 ? at::kDouble : at::kFloat;
-    const at::Tensor partial = at::empty({parts(), rows, args.channels}, at::TensorOptions().dtype(type));
-    char* memory = static_cast<char*>(partial.mutable_data_ptr());
-    const int64_t bytes = rows * args.channels * static_cast<int64_t>(partial.element_size());
-    for_units([&](const BatchNormUnit& unit) { kernel(args, unit, memory + part(unit) * bytes); });
-    return partial;
-  }
-
-  void map(BatchNormKernels::Map kernel) const {
-    for_units([&](const BatchNormUnit& unit) { kernel(args, unit); });
+  // Two rows of sums per part.
+  double* sums_of(const at::Tensor& sums, const BatchNormUnit& unit) const {
+    return sums.mutable_data_ptr<double>() + part(unit) * 2 * args.channels;
   }
 
   Dtype dtype;
@@ -154,37 +145,42 @@ struct Vectors {
   at::Tensor factors, means;
 };
 
+at::Tensor memory(at::IntArrayRef shape, at::ScalarType dtype) {
+  return at::empty(shape, at::TensorOptions().dtype(dtype));
+}
+
 // Calls body(begin, end) for shares of the channels, whose parts are to be added.
 template <class Body>
 void for_channels(const Problem& problem, const Body& body) {
   at::parallel_for(0, problem.args.channels, std::max<int64_t>(1, kGrain / problem.parts()), body);
 }
 
-// out (2, C) = mean and biased variance from the parts' shifts, sums and sums of squares.
+// out (2, C) = mean and biased variance from the shifts (parts, C) and the sums of the parts (parts, 2, C).
 template <class T>
-void merge_moments(const Problem& problem, const at::Tensor& partial, at::Tensor& out) {
+void merge_moments(const Problem& problem, const at::Tensor& shifts, const at::Tensor& sums, at::Tensor& out) {
   const int64_t channels = problem.args.channels;
-  const T* parts = partial.const_data_ptr<T>();
+  const T* const first_shift = shifts.const_data_ptr<T>();
+  const double* const first_sum = sums.const_data_ptr<double>();
   T* target = out.mutable_data_ptr<T>();
   double total = 0;
   for (int64_t part = 0; part < problem.parts(); ++part) total += static_cast<double>(problem.part_pixels(part));
   for_channels(problem, [&](int64_t begin, int64_t end) {
     std::vector<double> mean(end), moment(end);
     for (int64_t part = 0; part < problem.parts(); ++part) {
-      const T* shift = parts + part * 3 * channels;
-      const T* sum = shift + channels;
+      const T* shift = first_shift + part * channels;
+      const double* sum = first_sum + part * 2 * channels;
       const double count = static_cast<double>(problem.part_pixels(part));
       for (int64_t c = begin; c < end; ++c) mean[c] += count * shift[c] + sum[c];
     }
     for (int64_t c = begin; c < end; ++c) mean[c] /= total;
     for (int64_t part = 0; part < problem.parts(); ++part) {
-      const T* shift = parts + part * 3 * channels;
-      const T* sum = shift + channels;
-      const T* squares = sum + channels;
-      const double share = 1 / static_cast<double>(problem.part_pixels(part));
+      const T* shift = first_shift + part * channels;
+      const double* sum = first_sum + part * 2 * channels;
+      const double* squares = sum + channels;
+      const double count = static_cast<double>(problem.part_pixels(part));
       for (int64_t c = begin; c < end; ++c) {
-        const double rest = sum[c] * share, distance = shift[c] + rest - mean[c];
-        moment[c] += squares[c] - sum[c] * rest + distance * distance / share;
+        const double rest = sum[c] / count, distance = shift[c] + rest - mean[c];
+        moment[c] += squares[c] - sum[c] * rest + distance * distance * count;
       }
     }
     for (int64_t c = begin; c < end; ++c) {
@@ -194,20 +190,20 @@ void merge_moments(const Problem& problem, const at::Tensor& partial, at::Tensor
   });
 }
 
-// out (2, C) = Σ g and Σ g·ŷ from the parts' Σ g and Σ g·(y − mean).
+// out (2, C) = Σ g and Σ g·ŷ from the parts' Σ g and Σ g·(y − mean), (parts, 2, C).
 template <class T>
-void merge_sums(const Problem& problem, const at::Tensor& partial, at::Tensor& out) {
+void merge_sums(const Problem& problem, const at::Tensor& sums, at::Tensor& out) {
   const int64_t channels = problem.args.channels;
-  const T* parts = partial.const_data_ptr<T>();
+  const double* const first_sum = sums.const_data_ptr<double>();
   const T* invstd = static_cast<const T*>(problem.args.invstd);
   T* target = out.mutable_data_ptr<T>();
   for_channels(problem, [&](int64_t begin, int64_t end) {
     std::vector<double> first(end), second(end);
     for (int64_t part = 0; part < problem.parts(); ++part) {
-      const T* row = parts + part * 2 * channels;
+      const double* sum = first_sum + part * 2 * channels;
       for (int64_t c = begin; c < end; ++c) {
-        first[c] += row[c];
-        second[c] += row[channels + c];
+        first[c] += sum[c];
+        second[c] += sum[channels + c];
       }
     }
     for (int64_t c = begin; c < end; ++c) {
@@ -236,8 +232,16 @@ void batch_norm_statistics(const at::Tensor& y, at::Tensor& out) {
     return;
   }
   const Problem problem(y, {}, {});
-  const at::Tensor partial = problem.sum(kernels().batch_norm.moments[problem.lanes][problem.dtype], 3);
-  (problem.dtype == kFloat64 ? merge_moments<double> : merge_moments<float>)(problem, partial, out);
+  const int64_t channels = problem.args.channels;
+  const at::Tensor shifts = memory({problem.parts(), channels}, out.scalar_type());
+  const at::Tensor sums = memory({problem.parts(), 2, channels}, at::kDouble);
+  char* const first_shift = static_cast<char*>(shifts.mutable_data_ptr());
+  const int64_t bytes = channels * static_cast<int64_t>(shifts.element_size());
+  const auto kernel = kernels().batch_norm.moments[problem.lanes][problem.dtype];
+  problem.for_units([&](const BatchNormUnit& unit) {
+    kernel(problem.args, unit, first_shift + problem.part(unit) * bytes, problem.sums_of(sums, unit));
+  });
+  (problem.dtype == kFloat64 ? merge_moments<double> : merge_moments<float>)(problem, shifts, sums, out);
 }
 
 void batch_norm_apply(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& invstd, const at::Tensor& weight,
@@ -247,7 +251,8 @@ void batch_norm_apply(const at::Tensor& y, const at::Tensor& mean, const at::Ten
   if (y.numel() == 0) return;
   Problem problem(y, {}, out);
   vectors.give_to(problem.args);
-  problem.map(kernels().batch_norm.apply[relu][problem.lanes][problem.dtype]);
+  const auto kernel = kernels().batch_norm.apply[relu][problem.lanes][problem.dtype];
+  problem.for_units([&](const BatchNormUnit& unit) { kernel(problem.args, unit); });
 }
 
 void batch_norm_bwd_sums(const at::Tensor& grad_out, const at::Tensor& y, const at::Tensor& mean,
@@ -262,8 +267,10 @@ void batch_norm_bwd_sums(const at::Tensor& grad_out, const at::Tensor& y, const 
   }
   Problem problem(y, grad_out, {});
   vectors.give_to(problem.args);
-  const at::Tensor partial = problem.sum(kernels().batch_norm.sums[relu][problem.lanes][problem.dtype], 2);
-  (problem.dtype == kFloat64 ? merge_sums<double> : merge_sums<float>)(problem, partial, out);
+  const at::Tensor sums = memory({problem.parts(), 2, problem.args.channels}, at::kDouble);
+  const auto kernel = kernels().batch_norm.sums[relu][problem.lanes][problem.dtype];
+  problem.for_units([&](const BatchNormUnit& unit) { kernel(problem.args, unit, problem.sums_of(sums, unit)); });
+  (problem.dtype == kFloat64 ? merge_sums<double> : merge_sums<float>)(problem, sums, out);
 }
 
 void batch_norm_bwd_input(const at::Tensor& grad_out, const at::Tensor& y, const at::Tensor& mean,
@@ -276,7 +283,8 @@ void batch_norm_bwd_input(const at::Tensor& grad_out, const at::Tensor& y, const
   if (y.numel() == 0) return;
   Problem problem(y, grad_out, dy);
   vectors.give_to(problem.args);
-  problem.map(kernels().batch_norm.input[mean_sums.has_value()][relu][problem.lanes][problem.dtype]);
+  const auto kernel = kernels().batch_norm.input[mean_sums.has_value()][relu][problem.lanes][problem.dtype];
+  problem.for_units([&](const BatchNormUnit& unit) { kernel(problem.args, unit); });
 }
 
 }  // namespace

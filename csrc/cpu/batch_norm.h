@@ -36,12 +36,14 @@ enum Lanes { kPixels, kChannels };
 
 struct BatchNormKernels {
   using Map = void (*)(const BatchNormArgs&, BatchNormUnit);
-  // Writes rows of C accumulators, of which a unit fills its channels.
-  using Sum = void (*)(const BatchNormArgs&, BatchNormUnit, void* partial);
+  // Fills a unit's channels of two rows of C sums.
+  using Sum = void (*)(const BatchNormArgs&, BatchNormUnit, double* sums);
+  // Fills a unit's channels of C accumulators, a shift K, and of two rows of C sums.
+  using Moments = void (*)(const BatchNormArgs&, BatchNormUnit, void* shift, double* sums);
 
-  Sum moments[2][kDtypes];      // [lanes]: three rows, a shift K, Σ (y − K), Σ (y − K)²
+  Moments moments[2][kDtypes];  // [lanes]: Σ (y − K), Σ (y − K)²
   Map apply[2][2][kDtypes];     // [relu][lanes]
-  Sum sums[2][2][kDtypes];      // [relu][lanes]: two rows, Σ g, Σ g·(y − mean)
+  Sum sums[2][2][kDtypes];      // [relu][lanes]: Σ g, Σ g·(y − mean)
   Map input[2][2][2][kDtypes];  // [whether mean_g and mean_g_hat are given][relu][lanes]
 };
 
