@@ -125,7 +125,7 @@ def test_a_large_mean_costs_no_accuracy(layout: str) -> None:
     """μ/σ = 1000: with a single scale and shift the differences would cancel."""
     y = random_map((1, 16, 9, 21), torch.float32, layout) + 1000
     key, value = random_tokens(1, 16, 30, y.dtype), random_tokens(1, 8, 30, y.dtype)
-    vectors = [torch.full((16,), 1000.0), torch.ones(16), torch.ones(16), torch.ones(16)]
+    vectors = [torch.full((16,), 1000.0), torch.full((16,), 1.3), torch.full((16,), 0.7), torch.ones(16)]
     out, _ = native_forward(y, vectors, key, value, None)
     truth = plain_attention(rectified(y.double(), [v.double() for v in vectors]), key.double(), value.double(), SCALE)
     assert float((out - truth).norm() / truth.norm()) < 1e-6
