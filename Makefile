@@ -9,13 +9,18 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 NATIVE_SOURCES := setup.py $(shell find csrc -type f)
 
-.PHONY: bench test lint native wheel gpu gpu-full clean
+.PHONY: bench test test-python test-kernels lint native wheel gpu gpu-full clean
 
 bench: $(READY)  ## how much faster and smaller than plain PyTorch, on this machine
 	$(BIN)/python -m benchmarks --quick --out $(OUT)
 
 test: $(READY)  ## every test; the Triton kernels run in Triton's interpreter, in a process of their own
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-python test-kernels
+
+test-python: $(READY)
 	$(BIN)/python -m pytest
+
+test-kernels: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
 
 lint: $(READY)

@@ -111,13 +111,13 @@ def _quick() -> list[Case]:
     attention_forward, attention_both = attention((65, 65), tags=tags)
     pool_forward, pool_both = pool((97, 97), tags=tags)
     return [
-        *apnb((49, 49), tags=tags, compiled=True),
-        *afnb((25, 25), tags=tags, compiled=True),
-        attention_forward,
-        replace(attention_both, compiled=True),
         pool_forward,
         replace(pool_both, compiled=True),
         pool((97, 97), layout="channels_last", tags=tags)[1],
+        attention_forward,
+        replace(attention_both, compiled=True),
+        *apnb((49, 49), tags=tags, compiled=True),
+        *afnb((25, 25), tags=tags, compiled=True),
         *model((129, 129), tags=tags),
     ]
 
