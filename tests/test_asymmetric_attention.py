@@ -65,8 +65,8 @@ def test_accuracy_of_layouts(map_layout, token_layout, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("magnitude", [8.0, 300.0])
 def test_accuracy_of_peaked_softmax(magnitude, dtype, backend):
-    """Logits of standard deviation 8, then in the hundreds: no overflow, no NaN, no loss."""
-    assert_accurate((1, 64, 48, 9, 13, 110), dtype, backend, magnitude=magnitude)
+    """Logits of standard deviation 8, then in the hundreds: few pixels are not one-hot, and single draws scatter."""
+    assert_accurate((1, 64, 48, 9, 13, 110), dtype, backend, magnitude=magnitude, seeds=11)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -17,6 +17,8 @@ from annnet_kernels.kernels.launch import INTERPRETER, device_of, product_precis
 
 DEVICE = "cpu" if interpreting() else "cuda"
 DTYPES = (torch.float32, torch.float16) if interpreting() else (torch.float32, torch.float16, torch.bfloat16)
+SEEDS = 3 if interpreting() else 5
+"""The interpreter is slow; a wrong kernel is wrong by more than one draw scatters."""
 
 # batch, key channels, value channels, height, width, tokens
 SHAPES = (
@@ -37,8 +39,8 @@ def _triton_backend():
         yield
 
 
-def assert_triton_accurate(shape, dtype, **options):
-    assert_accurate(shape, dtype, "triton", device=DEVICE, **options)
+def assert_triton_accurate(shape, dtype, seeds=SEEDS, **options):
+    assert_accurate(shape, dtype, "triton", device=DEVICE, seeds=seeds, **options)
     assert ak.last_backend("asymmetric_attention") == ak.last_backend("asymmetric_attention_bwd") == "triton"
 
 
@@ -66,9 +68,9 @@ def test_accuracy_of_token_layouts(layout):
 
 @pytest.mark.parametrize(("dtype", "tokens"), [*((dtype, 110) for dtype in DTYPES), (torch.float32, 200)])
 @pytest.mark.parametrize("magnitude", [8.0, 300.0])
-def test_accuracy_of_peaked_softmax(magnitude, tokens, dtype):
-    """Logits of standard deviation 8, then in the hundreds."""
-    assert_triton_accurate((1, 32, 24, 5, 13, tokens), dtype, magnitude=magnitude)
+def test_accuracy_of_peaked_softmax(magnitude, dtype, tokens):
+    """Logits of standard deviation 8, then in the hundreds: few pixels are not one-hot, and single draws scatter."""
+    assert_triton_accurate((1, 16, 12, 5, 13, tokens), dtype, magnitude=magnitude, seeds=11)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3])
@@ -106,8 +108,11 @@ def test_sum_over_pixels_is_split():
     assert names.count("asymmetric_attention_sum_splits_kernel") == 2
 
 
-@pytest.mark.parametrize("tokens", [43, 150])
-@pytest.mark.parametrize("needs", tuple(itertools.product((True, False), repeat=3)), ids=str)
+@pytest.mark.parametrize(
+    ("needs", "tokens"),
+    [*((needs, 43) for needs in itertools.product((True, False), repeat=3)), ((True, False, False), 150)],
+    ids=str,
+)
 def test_gradients_that_are_not_needed(needs, tokens):
     operands = odd_operands(torch.float32, tokens=tokens)
     wanted, everything = forward_and_backward(*operands, needs=needs), forward_and_backward(*operands)
@@ -132,9 +137,11 @@ def test_bitwise_deterministic(dtype):
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize(("layout", "tokens"), [("nchw", 43), ("channels_last", 43), ("nchw", 150)])
-def test_non_finite_pixel_spoils_only_its_own_output(layout, tokens, bad):
+@pytest.mark.parametrize(
+    ("bad", "layout", "tokens"),
+    [(float("inf"), "nchw", 43), (float("-inf"), "channels_last", 43), (float("nan"), "nchw", 150)],
+)
+def test_non_finite_pixel_spoils_only_its_own_output(bad, layout, tokens):
     query, key, value, grad = odd_operands(torch.float32, layout, tokens)
     clean_out, _, clean_dquery, *_ = forward_and_backward(query, key, value, grad)
     spoilt = query.clone()
@@ -169,9 +176,8 @@ def surrounded(x: Tensor, filling: float) -> tuple[Tensor, Tensor]:
     return inside, memory
 
 
-@pytest.mark.parametrize("layout", ["nchw", "channels_last", "transposed"])
-@pytest.mark.parametrize("tokens", [43, 150])
-def test_touches_nothing_beyond_its_tensors(tokens, layout):
+@pytest.mark.parametrize(("layout", "tokens"), [("nchw", 43), ("channels_last", 150), ("transposed", 43)])
+def test_touches_nothing_beyond_its_tensors(layout, tokens):
     """Inputs lie in memory full of NaN, outputs in memory that must not change."""
     operands = odd_operands(torch.float16, layout, tokens)
     expected = forward_and_backward(*operands)
@@ -250,7 +256,7 @@ def test_prologue_and_addend(layout, tokens, with_addend, dtype):
         plain = plain_of_normalised(y, norm, key, value, addend, grad)
         return results("triton"), named(plain), named(truth_of_normalised(y, norm, key, value, addend, grad))
 
-    assert_as_accurate_as_plain(run, dtype)
+    assert_as_accurate_as_plain(run, dtype, seeds=SEEDS)
     assert ak.last_backend("asymmetric_attention_bn_relu") == "triton"
     assert ak.last_backend("asymmetric_attention_bn_relu_bwd") == "triton"
 
