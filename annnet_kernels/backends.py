@@ -113,12 +113,19 @@ def _capability(device_index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device_index)
 
 
-def why_not(backend: str, operator: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why ``backend`` cannot serve ``operator`` for tensors of ``dtype`` on ``device``; None if it can."""
+def why_not(
+    backend: str, operator: str, device: torch.device, dtype: torch.dtype, *, has_triton: bool = True
+) -> str | None:
+    """Why ``backend`` cannot serve ``operator`` for tensors of ``dtype`` on ``device``; None if it can.
+
+    ``has_triton`` tells whether there are Triton kernels for the operator.
+    """
     if backend == "reference":
         return None
     if backend == "native":
         return native.why_not(device.type, operator)
+    if not has_triton:
+        return f"there are no Triton kernels for {operator} yet"
     if not _has_triton():
         return "the package triton is not installed"
     if dtype == torch.float64:
@@ -135,20 +142,22 @@ def why_not(backend: str, operator: str, device: torch.device, dtype: torch.dtyp
     return None
 
 
-def choose_backend(operator: str, device: torch.device, dtype: torch.dtype, requested: str | None) -> str:
+def choose_backend(
+    operator: str, device: torch.device, dtype: torch.dtype, requested: str | None, *, has_triton: bool = True
+) -> str:
     """The implementation that serves ``operator`` on these tensors; recorded for :func:`last_backend`.
 
     Raises:
         RuntimeError: if ``requested`` cannot run here, with the reason.
     """
     if requested is not None:
-        reason = why_not(requested, operator, device, dtype)
+        reason = why_not(requested, operator, device, dtype, has_triton=has_triton)
         if reason is not None:
             raise RuntimeError(f"{operator}: the requested backend {requested!r} cannot run: {reason}")
         backend = requested
     else:
         for backend in _PREFERENCE.get(device.type, ("reference",)):
-            reason = why_not(backend, operator, device, dtype)
+            reason = why_not(backend, operator, device, dtype, has_triton=has_triton)
             if reason is None:
                 break
             _logger.debug("%s: not served by %s: %s", operator, backend, reason)

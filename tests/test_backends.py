@@ -109,6 +109,30 @@ def test_a_request_that_cannot_run_says_why():
         pool()
 
 
+def test_an_operator_without_triton_kernels_goes_to_plain_pytorch_on_a_gpu(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+    monkeypatch.setattr(backends, "_capability", lambda index: (9, 0))
+    choose = backends.choose_backend
+    assert choose("pyramid_pool", cuda, torch.float32, None) == "triton"
+    assert choose("batch_norm_apply", cuda, torch.float32, None, has_triton=False) == "reference"
+    with pytest.raises(RuntimeError, match="there are no Triton kernels for batch_norm_apply yet"):
+        choose("batch_norm_apply", cuda, torch.float32, "triton", has_triton=False)
+
+
+def test_every_operator_said_to_have_triton_kernels_has_them():
+    """A missing launch function would show on a GPU only."""
+    code = """
+import importlib, annnet_kernels.ops.registration as registration
+for operator, module in registration.TRITON_MODULES.items():
+    assert callable(getattr(importlib.import_module("annnet_kernels.kernels." + module), operator)), operator
+print(len(registration.TRITON_MODULES))
+"""
+    finished = run_python(code)
+    assert finished.returncode == 0, finished.stderr
+    assert int(finished.stdout) == 9
+
+
 def test_reasons_against_triton(monkeypatch):
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(backends, "_has_triton", lambda: True)

@@ -20,6 +20,9 @@ from .flops import register_flops
 NAMESPACE = "annnet"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
+TRITON_MODULES: dict[str, str] = {}
+"""Which module of ``annnet_kernels.kernels`` launches the kernels of an operator."""
+
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
@@ -28,7 +31,7 @@ def register(
     *,
     allocate: Callable[..., Any],
     reference: Callable[..., None],
-    triton_module: str,
+    triton_module: str | None,
     vmap: Callable[..., Any] | None = None,
     flops: Callable[..., int] | None = None,
 ) -> Callable[[Callable[..., Any]], None]:
@@ -42,12 +45,15 @@ def register(
         allocate: arguments → uninitialised output, or tuple of outputs. Serves as fake kernel, too.
         reference: plain PyTorch implementation.
         triton_module: module of ``annnet_kernels.kernels`` whose function named as the operator launches the kernel.
-            It is imported at the first launch, so that importing the package does not import Triton.
+            It is imported at the first launch, so that importing the package does not import Triton. None if there
+            are no Triton kernels for it.
         vmap: batching rule, as ``torch.library.register_vmap`` takes it; None if the operator is not to be batched.
         flops: FLOP of a call (2 per multiply-add), as ``register_flop_formula`` takes it; None counts nothing.
     """
     name = schema.split("(", 1)[0]
     takes_backend = "str? backend" in schema
+    if triton_module is not None:
+        TRITON_MODULES[name] = triton_module
     LIBRARY.define(schema, tags=_TAGS)
     operator = getattr(getattr(torch.ops, NAMESPACE), name)
 
@@ -55,10 +61,10 @@ def register(
         *operands, requested = arguments if takes_backend else (*arguments, requested_backend())
         first: torch.Tensor = operands[0]
         outputs = allocate(*arguments)
-        chosen = choose_backend(name, first.device, first.dtype, requested)
+        chosen = choose_backend(name, first.device, first.dtype, requested, has_triton=name in TRITON_MODULES)
         fill: Callable[..., None]
         if chosen == "triton":
-            fill = getattr(importlib.import_module(f"annnet_kernels.kernels.{triton_module}"), name)
+            fill = getattr(importlib.import_module(f"annnet_kernels.kernels.{TRITON_MODULES[name]}"), name)
         elif chosen == "native":
             fill = getattr(torch.ops.annnet_native, name)
         else:
