@@ -6,6 +6,7 @@ The device chooses: CUDA tensors go to Triton, CPU tensors to the C++ extension,
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -21,6 +22,9 @@ BACKENDS = ("triton", "native", "reference")
 
 MIN_TRITON_CAPABILITY = (8, 0)
 """Triton serves sm_80 and newer: older GPUs lack bfloat16 and asynchronous copies, which the kernels are built on."""
+
+MIN_TRITON_VERSION = (3, 8)
+"""The attention's backward does not compile with Triton 3.6; 3.7 has not been tried."""
 
 _PREFERENCE = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "reference")}
 _logger = logging.getLogger("annnet_kernels")
@@ -109,6 +113,11 @@ def _has_triton() -> bool:
 
 
 @cache
+def _triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+
+
+@cache
 def _capability(device_index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device_index)
 
@@ -128,6 +137,9 @@ def why_not(
         return f"there are no Triton kernels for {operator} yet"
     if not _has_triton():
         return "the package triton is not installed"
+    if _triton_version() < MIN_TRITON_VERSION:
+        found, needed = (".".join(map(str, version)) for version in (_triton_version(), MIN_TRITON_VERSION))
+        return f"the kernels need Triton {needed} or newer, this is {found}"
     if dtype == torch.float64:
         return "the Triton kernels accumulate in float32; float64 is served by the reference"
     if device.type == "cuda":
