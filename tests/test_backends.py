@@ -130,7 +130,7 @@ print(len(registration.TRITON_MODULES))
 """
     finished = run_python(code)
     assert finished.returncode == 0, finished.stderr
-    assert int(finished.stdout) == 9
+    assert int(finished.stdout) >= 9
 
 
 def test_reasons_against_triton(monkeypatch):
