@@ -32,7 +32,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from annnet_kernels.kernels.launch import Device, Launch
 
-MODULES = ("asymmetric_attention", "pyramid_pool", "bn_relu_pool")
+MODULES = ("asymmetric_attention", "pyramid_pool", "bn_relu_pool", "batch_norm")
 
 DEVICES = {
     80: Device((8, 0), 108),

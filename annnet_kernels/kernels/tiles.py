@@ -178,3 +178,35 @@ def least_pool_rows(width: int, widths: Sequence[int], dtype: torch.dtype) -> in
     A cut crosses one row bin per level and gives each of its tokens one more partial sum, written and read in float32.
     """
     return max(8, -(-160 * sum(widths) // (width * dtype.itemsize)))
+
+
+# Normalising tail
+
+NORM_MAP_BLOCKS = 4
+"""Blocks of pixels per program of a kernel that writes a map: the vectors of its channels are read once for them."""
+
+
+@dataclass(frozen=True)
+class NormTile:
+    """One program's block: ``pixels`` × ``channels`` of a map."""
+
+    pixels: int
+    channels: int
+    warps: int
+    stages: int
+    max_registers: int
+
+
+def norm_tile(channels_inner: bool, channels: int) -> NormTile:
+    """Tile of the kernels that walk a map once; pixels lie side by side in memory unless channels do."""
+    # 16 elements per thread: two 16-byte loads under way per map in 16 bits, four in float32. Side by side lie at
+    # least 128 bytes of channels, or 1 KiB of pixels.
+    chunk = channel_chunk(channels, 64) if channels_inner else 4
+    # Left to itself, ptxas holds some of these kernels to 72 or 96 registers and spills the rest (sm_90).
+    return NormTile(2048 // chunk, chunk, warps=4, stages=2, max_registers=128)
+
+
+def norm_split_pixels(pixels: int, programs: int, multiprocessors: int, block_pixels: int) -> int:
+    """Pixels of a part of a sum, whole blocks: eight programs per multiprocessor, at least eight blocks each."""
+    splits = max(1, min(-(-8 * multiprocessors // programs), pixels // (8 * block_pixels)))
+    return -(-pixels // (splits * block_pixels)) * block_pixels

@@ -42,7 +42,7 @@ register(
     "batch_norm_statistics(Tensor y) -> Tensor",
     allocate=_allocate_sums,
     reference=reference.batch_norm_statistics_out,
-    triton_module=None,
+    triton_module="batch_norm",
 )
 # channel_scale is (B, C). The output has the layout of y.
 register(
@@ -50,7 +50,7 @@ register(
     " bool relu) -> Tensor",
     allocate=_allocate_map,
     reference=reference.batch_norm_apply_out,
-    triton_module=None,
+    triton_module="batch_norm",
 )
 # (2, C): Σ g and Σ g·ŷ, the gradients of bias and weight.
 register(
@@ -58,7 +58,7 @@ register(
     " Tensor? channel_scale, bool relu, str? backend) -> Tensor",
     allocate=_allocate_bwd_sums,
     reference=reference.batch_norm_bwd_sums_out,
-    triton_module=None,
+    triton_module="batch_norm",
 )
 # mean_sums is the sums (2, C) divided by the number of pixels; None where the statistics are frozen.
 register(
@@ -66,5 +66,5 @@ register(
     " Tensor? channel_scale, bool relu, Tensor? mean_sums, str? backend) -> Tensor",
     allocate=_allocate_bwd_input,
     reference=reference.batch_norm_bwd_input_out,
-    triton_module=None,
+    triton_module="batch_norm",
 )

@@ -1,0 +1,139 @@
+"""The Triton kernels of the normalising tail: errors, layouts, parts, statistics far from zero, non-finite values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from batch_norm_rule import assert_tail_accurate, tail
+from helpers import LAYOUTS, random_map, relative_error
+
+import annnet_kernels as ak
+from annnet_kernels.backends import interpreting
+from annnet_kernels.kernels import batch_norm as launches
+from annnet_kernels.kernels.launch import INTERPRETER
+
+DEVICE = "cpu" if interpreting() else "cuda"
+DTYPES = (torch.float32, torch.float16) if interpreting() else (torch.float32, torch.float16, torch.bfloat16)
+SEEDS = 1 if interpreting() else 5
+OPERATORS = ("batch_norm_statistics", "batch_norm_apply", "batch_norm_bwd_sums", "batch_norm_bwd_input")
+SHAPES = [
+    (2, 19, 13, 11),  # a masked chunk of channels
+    (3, 5, 1, 20),
+    (3, 5, 20, 1),
+    (40, 3, 1, 1),
+    (1, 70, 8, 16),  # several chunks, and a multiple of a vector
+]
+if not interpreting():
+    SHAPES += [(2, 512, 97, 97), (1, 80, 128, 256)]
+ops = torch.ops.annnet
+
+
+@pytest.fixture(autouse=True)
+def _triton_backend():
+    with ak.use_backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_accuracy_of_shapes(shape, layout):
+    assert_tail_accurate(shape, torch.float32, "triton", layout, layout, device=DEVICE, seeds=SEEDS)
+    assert [ak.last_backend(name) for name in OPERATORS] == ["triton"] * 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_accuracy_of_layouts(layout, dtype):
+    grad_layout = LAYOUTS[(LAYOUTS.index(layout) + 2) % len(LAYOUTS)]
+    assert_tail_accurate((2, 9, 13, 12), dtype, "triton", layout, grad_layout, device=DEVICE, seeds=SEEDS)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("absent", ["relu", "dropout", "batch statistics"])
+def test_accuracy_of_what_may_be_absent(absent, layout):
+    flags = {"relu": absent != "relu", "dropout": absent != "dropout", "frozen": absent == "batch statistics"}
+    shape = (2, 19, 9, 12)
+    assert_tail_accurate(shape, torch.float32, "triton", layout, layout, device=DEVICE, seeds=SEEDS, **flags)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("ratio", [5, 20, 1000])
+def test_accuracy_far_from_zero(ratio, layout):
+    shape, relu = (2, 4, 33, 40), ratio < 1000
+    assert_tail_accurate(
+        shape, torch.float32, "triton", layout, layout, relu=relu, offset=ratio, device=DEVICE, seeds=SEEDS
+    )
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_a_map_of_several_parts(layout):
+    """Splits of several blocks each, the last one shorter."""
+    shape = (1, 3, 97, 97)
+    y = random_map(shape, torch.float32, layout, DEVICE)
+    main, _ = launches.plan_statistics(y, torch.empty(2, 3, device=DEVICE), INTERPRETER)
+    splits, split_pixels = main.arguments["partial_ptr"].shape[0], main.arguments["split_pixels"]
+    assert splits > 1
+    assert split_pixels > main.arguments["BLOCK_PIXELS"]
+    assert splits * split_pixels != 97 * 97
+    assert_tail_accurate(shape, torch.float32, "triton", layout, layout, offset=3, device=DEVICE, seeds=SEEDS)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("position", [0, -1])
+def test_non_finite_pixels_spoil_their_channel_as_in_torch(position, layout):
+    y = random_map((2, 6, 9, 11), torch.float32, layout, DEVICE)
+    y[0, :3, position, position] = torch.tensor([torch.nan, torch.inf, -torch.inf], device=DEVICE)
+    y[0, 3, 0, 0], y[1, 3, 5, 5] = torch.inf, -torch.inf
+    mean, var = ops.batch_norm_statistics(y)
+    expected_mean, expected_var = torch.zeros(6), torch.zeros(6)
+    F.batch_norm(y.cpu(), expected_mean, expected_var, None, None, True, 1.0)
+    torch.testing.assert_close(mean.cpu(), expected_mean, equal_nan=True)
+    torch.testing.assert_close(var.cpu(), expected_var * (197 / 198), equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_the_relu_lets_nan_pass_and_holds_back_infinite_gradients(layout):
+    y = random_map((1, 18, 5, 23), torch.float32, layout, DEVICE)
+    y[0, :, 2, 3], y[0, :, 4, 22], y[0, :, 1, 1] = torch.nan, -torch.inf, 0
+    grad = random_map(y.shape, torch.float32, layout, DEVICE)
+    grad[y <= 0] = torch.inf
+    ones, zeros = torch.ones(18, device=DEVICE), torch.zeros(18, device=DEVICE)
+    operands = (y, zeros, ones, ones, zeros, None, True)
+    torch.testing.assert_close(ops.batch_norm_apply(*operands), y.relu(), equal_nan=True)
+    passed = torch.where(y <= 0, 0, grad)
+    sums = ops.batch_norm_bwd_sums(grad, *operands, None)
+    torch.testing.assert_close(sums[0], passed.sum((0, 2, 3)), atol=1e-4, rtol=1e-5)
+    assert sums[1].isnan().all()
+    torch.testing.assert_close(ops.batch_norm_bwd_input(grad, *operands, None, None), passed)
+
+
+def test_frozen_statistics_keep_infinite_pixels_to_themselves():
+    y, grad = (random_map((1, 3, 5, 7), torch.float32, device=DEVICE) for _ in range(2))
+    y[0, 0, 1, 1] = -torch.inf
+    ones = torch.ones(3, device=DEVICE)
+    dy = ops.batch_norm_bwd_input(grad, y, ones, ones, ones, ones, None, False, None, None)
+    torch.testing.assert_close(dy, grad)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_memory_around_a_map_is_not_read(channels_last):
+    memory = torch.full((2, 24, 9, 42), torch.nan, device=DEVICE)
+    memory = memory.to(memory_format=torch.channels_last) if channels_last else memory
+    y, grad = (memory.clone()[:, 2:19, 1:-2, 3:40] for _ in range(2))
+    for x in (y, grad):
+        x.copy_(random_map(tuple(x.shape), torch.float32) + 0.5)
+    weight, bias = torch.randn(2, 17, device=DEVICE)
+    ours = tail(y, grad, weight, bias, None, None, True, "triton")
+    dense = tail(y.contiguous(), grad.contiguous(), weight, bias, None, None, True, "reference")
+    for name, expected in dense.items():
+        assert relative_error(ours[name], expected) <= 1e-4, name
+
+
+def test_batch_of_none():
+    y, vector = torch.empty(0, 3, 5, 7, device=DEVICE), torch.ones(3, device=DEVICE)
+    operands = (y, vector, vector, vector, vector, torch.empty(0, 3, device=DEVICE), True)
+    assert ops.batch_norm_statistics(y).isnan().all()
+    assert ops.batch_norm_apply(*operands).shape == y.shape
+    assert not ops.batch_norm_bwd_sums(y, *operands, None).any()
+    assert ops.batch_norm_bwd_input(y, *operands, torch.zeros(2, 3, device=DEVICE), None).shape == y.shape
