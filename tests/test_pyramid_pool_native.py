@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import LAYOUTS, assert_as_accurate_as_plain, random_map, relative_error
 from hypothesis import given, settings, strategies as st
+from pool_rule import assert_pool_accurate
 from torch import Tensor
 
 import annnet_kernels as ak
@@ -21,7 +22,8 @@ if native.why_not("cpu") is not None:
 from annnet_kernels import _C
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+# The mean of 4900 numbers around zero has lost two digits.
+ROUNDING = {torch.float32: 5e-6, torch.float64: 1e-14, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 SIZES = (1, 3, 6, 8)
 LARGEST_HALF = 65504.0
 
@@ -109,12 +111,7 @@ def test_any_shape_and_pyramid(
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_maps_longer_than_a_buffer(shape: tuple[int, int, int, int], layout: str) -> None:
     """Rows of more than 4096 columns, row segments of more than 32 rows, units of more than 512 channels."""
-    x = random_map(shape, torch.float32, layout)
-    grad = torch.randn(shape[0], shape[1], 110)
-    sizes = list(SIZES)
-    assert relative_error(_pool(x, sizes, sizes), reference.pyramid_pool(x.double(), sizes, sizes)) < 1e-6
-    truth = _spread(grad.double(), x, sizes, sizes, "reference")
-    assert relative_error(_spread(grad, x, sizes, sizes), truth) < 1e-6
+    assert_pool_accurate(shape, torch.float32, "native", layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

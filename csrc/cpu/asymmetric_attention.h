@@ -17,8 +17,8 @@ struct AttentionSizes {
 // How a call is cut into parallel pieces and what memory they need. A function of the sizes alone, so that a result
 // does not depend on the number of threads.
 struct AttentionPlan {
-  int64_t blocks;         // pieces of an image in the forward
-  int64_t splits;         // pieces of an image in the backward, each with sums of its own for dkey and dvalue
+  int64_t blocks;         // blocks of pixels of an image, the pieces of the forward
+  int64_t splits;         // runs of blocks, the pieces of the backward, each with sums of its own for dkey and dvalue
   int64_t token_blocks;   // pieces of an image's tokens when they are packed
   int64_t packed_bytes;   // keys and values of one image, packed
   int64_t scratch_bytes;  // one thread's blocks

@@ -15,6 +15,12 @@ struct Block {
   Range pixels;
 };
 
+template <class T>
+Block block_of(const Attention& args, int64_t index) {
+  const int64_t blocks = args.plan.blocks;
+  return {index / blocks, piece<T>(args.sizes.pixels, blocks, index % blocks)};
+}
+
 // A block's memory in a map; nothing where neither its pixels nor its channels are neighbours.
 template <class T>
 Ahead ahead_of(const PoolMap& map, int64_t channels, int64_t width, Block block) {
@@ -170,15 +176,13 @@ void attention_forward(const Attention& args, char* memory, int64_t begin, int64
   const AttentionSizes& s = args.sizes;
   const Scratch<T> scratch(memory, s, false);
   const bool add = args.addend.data != nullptr;
-  const auto block_of = [&](int64_t index) {
-    return Block{index / args.plan.blocks, piece<T>(s.pixels, args.plan.blocks, index % args.plan.blocks)};
-  };
   Positions<T> query, addend;
   if (args.rectify) query.norm = &args.norm;
   for (int64_t index = begin; index < end; ++index) {
-    const Block block = block_of(index);
+    const Block block = block_of<T>(args, index);
     const PackedTokens<T> packed(args.packed + block.image * args.plan.packed_bytes, s, false);
-    Ahead ahead = index + 1 < end ? ahead_of<T>(args.query, s.key_channels, s.width, block_of(index + 1)) : Ahead{};
+    Ahead ahead =
+        index + 1 < end ? ahead_of<T>(args.query, s.key_channels, s.width, block_of<T>(args, index + 1)) : Ahead{};
     set_pixels(query, args.query, s.width, block);
     contract_channels(query, s.key_channels, s.tokens, packed.key_by_channel, scratch.chunk, scratch.probabilities,
                       ahead);
@@ -199,41 +203,37 @@ void attention_backward(const Attention& args, char* memory, int64_t begin, int6
   Positions<T> query, gradient;
   if (args.rectify) query.norm = &args.norm;
   for (int64_t index = begin; index < end; ++index) {
-    const int64_t image = index / args.plan.splits;
+    const int64_t image = index / args.plan.splits, split = index % args.plan.splits;
     const PackedTokens<T> packed(args.packed + image * args.plan.packed_bytes, s, true);
     const Sums<T> sums(args.sums + index * args.plan.sums_bytes, s);
-    const Range split = piece<T>(s.pixels, args.plan.splits, index % args.plan.splits);
-    const int64_t blocks = blocks_of<T>(split.end - split.begin);
-    const auto block_of = [&](int64_t number) {
-      const Range pixels = piece<T>(split.end - split.begin, blocks, number);
-      return Block{image, {split.begin + pixels.begin, split.begin + pixels.end}};
-    };
-    for (int64_t number = 0; number < blocks; ++number) {
-      const Block block = block_of(number);
+    const int64_t first = image * args.plan.blocks + args.plan.blocks * split / args.plan.splits;
+    const int64_t last = image * args.plan.blocks + args.plan.blocks * (split + 1) / args.plan.splits - 1;
+    for (int64_t number = first; number <= last; ++number) {
+      const Block block = block_of<T>(args, number);
       Ahead ahead = ahead_of<T>(args.grad_out, s.value_channels, s.width, block);
       set_pixels(query, args.query, s.width, block);
       set_pixels(gradient, args.grad_out, s.width, block);
       contract_channels(query, s.key_channels, s.tokens, packed.key_by_channel, scratch.chunk, scratch.probabilities,
                         ahead);
       softmax<Acc<T>>(scratch.probabilities, s.tokens, query.count, scale, nullptr);
-      if (number + 1 < blocks) ahead = ahead_of<T>(args.query, s.key_channels, s.width, block_of(number + 1));
       if (args.needs_value) {
         transpose_weights<T>(scratch.probabilities, s.tokens, query.count, scratch.weights_by_pixel);
         contract_pixels(gradient, s.value_channels, s.tokens, scratch.weights_by_pixel, scratch.chunk, sums.dvalue,
-                        number > 0, ahead);
+                        number > first, ahead);
       }
       if (!args.needs_query && !args.needs_key) continue;
       contract_channels(gradient, s.value_channels, s.tokens, packed.value_by_channel, scratch.chunk,
                         scratch.logit_gradients, ahead);
       softmax_gradient(scratch.logit_gradients, scratch.probabilities, s.tokens, query.count, scale);
+      if (number < last) ahead = ahead_of<T>(args.query, s.key_channels, s.width, block_of<T>(args, number + 1));
       if (args.needs_query)
         contract_tokens<T>(args, args.dquery, s.key_channels, block, packed.key_by_token,
                            as_operand<T>(scratch.logit_gradients, s.tokens, query.count, scratch.weights), nullptr,
                            ahead);
       if (args.needs_key) {
         transpose_weights<T>(scratch.logit_gradients, s.tokens, query.count, scratch.weights_by_pixel);
-        contract_pixels(query, s.key_channels, s.tokens, scratch.weights_by_pixel, scratch.chunk, sums.dkey, number > 0,
-                        ahead);
+        contract_pixels(query, s.key_channels, s.tokens, scratch.weights_by_pixel, scratch.chunk, sums.dkey,
+                        number > first, ahead);
       }
     }
   }

@@ -116,12 +116,13 @@ struct Sums {
 
 template <class T>
 AttentionPlan plan_attention(const AttentionSizes& s, bool backward) {
-  // A split's sums cost as much memory traffic as `tokens` pixels; and no split may be empty.
-  const int64_t fewest_pixels = s.tokens > kLanes<T> ? s.tokens : kLanes<T>;
+  // A split is whole blocks, and its sums cost as much memory traffic as `tokens` pixels.
+  const int64_t blocks = blocks_of<T>(s.pixels);
   int64_t splits = 1;
-  while (splits < kMostSplits && splits * s.batch < kBatchedSplits && 2 * splits * fewest_pixels <= s.pixels)
+  while (splits < kMostSplits && splits * s.batch < kBatchedSplits && 2 * splits <= blocks &&
+         2 * splits * s.tokens <= s.pixels)
     splits *= 2;
-  return {.blocks = blocks_of<T>(s.pixels),
+  return {.blocks = blocks,
           .splits = splits,
           .token_blocks = blocks_of<T>(s.tokens),
           .packed_bytes = PackedTokens<T>(nullptr, s, backward).end - static_cast<char*>(nullptr),
