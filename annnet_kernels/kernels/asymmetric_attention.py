@@ -126,7 +126,7 @@ def plan_forward(
     device: Device,
 ) -> list[Launch]:
     """out = softmax(scale · QKᵀ) V + addend."""
-    maps = (map_argument(query), None if addend is None else map_argument(addend), map_argument(out))
+    maps = (map_argument(query), map_argument(addend), map_argument(out))
     tile = _tile(maps, key, value, precision, False, device)
     blocks = query.shape[0] * -(-logsumexp.shape[1] // tile.pixels)
     if blocks == 0:
@@ -163,9 +163,7 @@ def plan_backward(
 ) -> list[Launch]:
     """The gradients that are not None; ``dquery`` is that of the normalised query."""
     batch, pixels = logsumexp.shape
-    grad_map, query_map = map_argument(grad), map_argument(query)
-    dquery_map = None if dquery is None else map_argument(dquery)
-    maps = (grad_map, query_map, dquery_map)
+    maps = grad_map, query_map, dquery_map = map_argument(grad), map_argument(query), map_argument(dquery)
     tile = _tile(maps, key, value, precision, True, device)
     one_block = key.shape[2] <= tile.tokens
     blocks = batch * -(-pixels // tile.pixels)
@@ -192,7 +190,7 @@ def plan_backward(
         "key": tokens_argument(key),
         "value": tokens_argument(value),
         "logsumexp_ptr": logsumexp,
-        "dquery": dquery_map if one_block else None,
+        "dquery": dquery_map if one_block else map_argument(None),
         "attention_ptr": attention,
         "dlogits_ptr": dlogits,
         **_tile_constants(query, key, value, tile),
@@ -270,7 +268,7 @@ def _token_gradient(
 
 
 def _tile(
-    maps: Sequence[Map | None], key: Tensor, value: Tensor, precision: str, backward: bool, device: Device
+    maps: Sequence[Map], key: Tensor, value: Tensor, precision: str, backward: bool, device: Device
 ) -> AttentionTile:
     return attention_tile(
         key.shape[1],
@@ -279,13 +277,13 @@ def _tile(
         key.dtype,
         precision,
         backward,
-        any(m is not None and m.row_stride is not None for m in maps),
+        any(m.row_stride is not None for m in maps),
         device.capability,
         device.shared_memory,
     )
 
 
-def _sizes(query: Tensor, maps: Sequence[Map | None]) -> dict[str, Any]:
+def _sizes(query: Tensor, maps: Sequence[Map]) -> dict[str, Any]:
     height, width = query.shape[2:]
     multiple = pixel_multiple(height * width, maps)
     return {

@@ -123,7 +123,7 @@ def asymmetric_attention_fwd_kernel(
                 columns = load_tokens(value, batch, first_token, first, value_chunk, BLOCK_TOKENS)
                 context = tl.dot(weights.to(columns.dtype), columns, context, input_precision=PRECISION)
         context = context / total[:, None]
-        if addend is not None:
+        if addend.pointer is not None:
             addend_pixels = pixel_pointers(addend, batch, first_pixel, width, BLOCK_PIXELS)
             context += load_map(addend, None, addend_pixels, inside, first, value_chunk)
         store_map(out, context, out_pixels, inside, first, value_chunk)
@@ -168,7 +168,7 @@ def asymmetric_attention_bwd_pixels_kernel(
 
     Grid: (B · ⌈N / BLOCK_PIXELS⌉,). A program owns BLOCK_PIXELS pixels of one image.
     grad (B, Cv, H, W), query and dquery (B, Ck, H, W), logsumexp (B, N), attention and dlogits
-    (B, N, scratch_tokens). A result that is None is not made; dquery is None unless all tokens are one block.
+    (B, N, scratch_tokens). A result without a pointer is not made; dquery has none unless all tokens are one block.
     """
     batch, first_pixel, inside, n_pixels = _pixel_block(pixel_groups, PIXEL_MULTIPLE, BLOCK_PIXELS)
     query_pixels = pixel_pointers(query, batch, first_pixel, width, BLOCK_PIXELS)
@@ -208,7 +208,7 @@ def asymmetric_attention_bwd_pixels_kernel(
                 attention_ptr, batch, n_pixels, first_pixel, inside, first_token, scratch_tokens, BLOCK_TOKENS
             )
             tl.store(target, attention.to(attention_ptr.dtype.element_ty), mask=mask)
-        if dlogits_ptr is not None or dquery is not None:
+        if dlogits_ptr is not None or dquery.pointer is not None:
             dattention = _scores(
                 grad, None, grad_pixels, inside, value, batch, first_token, value_chunk, BLOCK_TOKENS, PRECISION
             )
@@ -220,7 +220,7 @@ def asymmetric_attention_bwd_pixels_kernel(
                     dlogits_ptr, batch, n_pixels, first_pixel, inside, first_token, scratch_tokens, BLOCK_TOKENS
                 )
                 tl.store(target, dlogits, mask=mask)
-            if dquery is not None:
+            if dquery.pointer is not None:
                 dquery_pixels = pixel_pointers(dquery, batch, first_pixel, width, BLOCK_PIXELS)
                 for first in range(0, key.channels, key_chunk.size):
                     columns = load_tokens(key, batch, 0, first, key_chunk, BLOCK_TOKENS)

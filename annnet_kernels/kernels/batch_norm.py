@@ -170,10 +170,11 @@ def _walk(
 ) -> tuple[int, dict[str, Any]]:
     """How many programs walk the maps, and the arguments that say how."""
     batch, channels, height, width = y.shape
-    maps = {name: map_argument(x) for name, x in (("y", y), ("grad", grad), ("out", out)) if x is not None}
+    maps = {"y": map_argument(y), "grad": map_argument(grad)}
+    if out is not None:
+        maps["out"] = map_argument(out)
     multiple = pixel_multiple(height * width, tuple(maps.values()))
     arguments = {
-        "grad": None,
         **maps,
         "pixel_groups": height * width // multiple,
         "width": width,

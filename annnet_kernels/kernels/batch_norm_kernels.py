@@ -94,7 +94,7 @@ def batch_norm_map_kernel(
         inside = first + tl.arange(0, BLOCK_PIXELS) < n_pixels
         centred = _load_block(y, batch, first, inside, width, channel, chunk, BLOCK_PIXELS) - mean
         z = centred * scale + bias
-        if grad is None:
+        if grad.pointer is None:
             # Not maximum(z, 0), which turns NaN into 0.
             values = tl.where((z < 0.0) & (relu != 0), 0.0, z) * factor
         else:
@@ -139,9 +139,9 @@ def batch_norm_sums_kernel(
     batch, channel, split, n_splits = _own_split(y.channels, n_pixels, split_pixels, chunk, CHANNELS_INNER)
     channels = channel + tl.arange(0, chunk.size)
     exists = channels < y.channels
-    ROWS: tl.constexpr = 3 if grad is None else 2
+    ROWS: tl.constexpr = 3 if grad.pointer is None else 2
     partial = partial_ptr + (batch * n_splits + split) * ROWS * y.channels + channels
-    if grad is None:
+    if grad.pointer is None:
         shift = _shift_of_block(y, batch, split * split_pixels, n_pixels, width, channel, chunk, BLOCK_PIXELS)
         tl.store(partial, shift, mask=exists)
         partial += y.channels
@@ -159,7 +159,7 @@ def batch_norm_sums_kernel(
         first = split * split_pixels + block
         inside = first + tl.arange(0, BLOCK_PIXELS) < n_pixels
         centred = _load_block(y, batch, first, inside, width, channel, chunk, BLOCK_PIXELS) - mean
-        if grad is None:
+        if grad.pointer is None:
             centred = tl.where(inside[:, None], centred, 0.0)
             sums += centred
             products += centred * centred

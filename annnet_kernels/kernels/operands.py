@@ -15,7 +15,11 @@ from torch import Tensor
 
 
 class Map(NamedTuple):
-    """A (B, C, H, W) tensor. ``row_stride`` is None where one stride leads through all pixels."""
+    """A (B, C, H, W) tensor. ``row_stride`` is None where one stride leads through all pixels.
+
+    Of a map that is not there every field is None, and kernels ask for its pointer: Triton 3.6 cannot compare a tuple
+    that holds a None.
+    """
 
     pointer: Any
     channels: Any
@@ -52,8 +56,10 @@ class Chunk(NamedTuple):
     masked: Any
 
 
-def map_argument(x: Tensor) -> Map:
+def map_argument(x: Tensor | None) -> Map:
     """``x`` as a kernel argument."""
+    if x is None:
+        return Map(*(None,) * len(Map._fields))
     batch, channel, row, column = x.stride()
     channels, height, width = x.shape[1:]
     if height == 1 or row == width * column:
@@ -73,12 +79,12 @@ def chunk_argument(channels: int, size: int) -> Chunk:
     return Chunk(tl.constexpr(size), tl.constexpr(channels % size != 0))
 
 
-def pixel_multiple(pixels: int, maps: Sequence[Map | None]) -> int:
+def pixel_multiple(pixels: int, maps: Sequence[Map]) -> int:
     """16 where the count of pixels is a multiple of it and a map has its pixels side by side, else 1.
 
     Only there does the count decide whether a masked load can be a vector.
     """
-    side_by_side = any(m is not None and m.pixel_stride == 1 for m in maps)
+    side_by_side = any(m.pixel_stride == 1 for m in maps)
     return 16 if side_by_side and pixels % 16 == 0 else 1
 
 

@@ -6,8 +6,10 @@ The interpreter replaces the kernels when they are decorated, so ``TRITON_INTERP
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -19,6 +21,8 @@ HERE = Path(__file__).parent
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Called with the items of the whole session, whatever folder they are in."""
     if interpreting():
+        if version("triton").startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+            raise pytest.UsageError("Triton 3.6's interpreter fails with NumPy 2.4 and newer: pip install 'numpy<2.4'")
         return
     if torch.cuda.is_available():
         mark = pytest.mark.gpu
