@@ -7,14 +7,13 @@ constructs, calls and loads checkpoints into.
 
 from __future__ import annotations
 
-from typing import cast
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import checks
-from .collapse import Parts, Projection, collapsed_forward, why_plain
+from .collapse import Parts, collapsed_forward, why_plain
+from .dialects import PUBLISHED
 from .folding import Foldable, explain
-from .reference.blocks import AttentionStage, PlainAFNB, PlainAPNB, PyramidPooling
+from .reference.blocks import PlainAFNB, PlainAPNB
 
 
 class AFNB(Foldable, PlainAFNB):
@@ -64,7 +63,7 @@ class AFNB(Foldable, PlainAFNB):
 
     def parts(self) -> Parts:
         """The modules that the collapse reads."""
-        return published_parts(self)
+        return PUBLISHED.parts(self)
 
     def extra_repr(self) -> str:
         return explain(self)
@@ -107,41 +106,7 @@ class APNB(Foldable, PlainAPNB):
 
     def parts(self) -> Parts:
         """The modules that the collapse reads."""
-        return published_parts(self)
+        return PUBLISHED.parts(self)
 
     def extra_repr(self) -> str:
         return explain(self)
-
-
-def published_parts(block: PlainAFNB | PlainAPNB) -> Parts:
-    """The parts of a block that has the published structure."""
-    stage = cast(AttentionStage, block.stages[0])
-    pooling = cast(PyramidPooling, stage.psp)
-    query = _published_projection(stage.f_query)
-    key = query if stage.f_key is stage.f_query else _published_projection(stage.f_key)
-    join, norm, *dropout = block.conv_bn_dropout if block.conv_bn_dropout is not None else (None, nn.Sequential())
-    return Parts(
-        key=key,
-        query=query,
-        value=stage.f_value,
-        out=stage.W,
-        join=cast("nn.Conv2d | None", join),
-        tail=[*(norm if isinstance(norm, nn.Sequential) else (norm,)), *dropout],
-        pools=cast("list[nn.AdaptiveAvgPool2d]", list(pooling.stages)),
-        containers=_containers(block, stage, pooling),
-    )
-
-
-def _containers(block: PlainAFNB | PlainAPNB, stage: AttentionStage, pooling: PyramidPooling) -> list[nn.Module]:
-    """The modules whose forward only calls others; the collapse calls those directly."""
-    containers = [stage, pooling, stage.f_key, stage.f_key[1], stage.f_query, stage.f_query[1]]
-    if block.conv_bn_dropout is not None:
-        containers.append(block.conv_bn_dropout)
-        containers += [m for m in block.conv_bn_dropout if isinstance(m, nn.Sequential)]
-    return containers
-
-
-def _published_projection(module: nn.Module) -> Projection:
-    conv, normalise = cast(nn.Sequential, module)
-    norm, activation = cast(nn.Sequential, normalise)
-    return Projection(cast(nn.Conv2d, conv), norm, activation)

@@ -1,0 +1,115 @@
+"""Whether a stranger's block computes what its replacement would: both run on private copies, in float64.
+
+Everything that could hide a difference is made random first: at the published start the output projection is zero, and
+then plainly different blocks give the same output.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .collapse import HOOKS, Parts
+
+_TOLERANCE = 1e-8
+"""Relative, in float64: rounding leaves about 1e-13, the smallest other operation many orders more."""
+
+_NEGLIGIBLE = 1e-10
+"""Absolute: some gradients are zero but for rounding."""
+
+
+def difference(
+    block: nn.Module, parts_of: Callable[[nn.Module], Parts], replace: Callable[[nn.Module], None]
+) -> str | None:
+    """How a block's replacement would differ from it; None if outputs, gradients and buffers agree in both modes.
+
+    Args:
+        block: left as it is, buffers and random generators included.
+        parts_of: finds the parts of a copy.
+        replace: replaces a copy in place.
+    """
+    with _undisturbed():
+        try:
+            plain = _randomised_copy(block, parts_of)
+            fused = copy.deepcopy(plain)
+            replace(fused)
+            maps = _inputs(parts_of(plain))
+            for training in (False, True):
+                expected, got = (_results(module.train(training), maps) for module in (plain, fused))
+                for name, value in expected.items():
+                    error = (got[name] - value).norm() / value.norm().clamp_min(1e-300)
+                    if not error <= _TOLERANCE and not (got[name] - value).abs().max() <= _NEGLIGIBLE:
+                        mode = "training" if training else "evaluation"
+                        return f"computes something else: {name} differs by {error:.1e} in {mode} mode"
+        except Exception as error:  # whatever a stranger's code raises, it is left alone
+            return f"could not be compared: {type(error).__name__}: {error}"
+    return None
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Every random generator of the CPU is put back, and nothing of the caller's modes reaches the comparison."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+        ):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+
+
+def _randomised_copy(block: nn.Module, parts_of: Callable[[nn.Module], Parts]) -> nn.Module:
+    """A copy on the CPU in float64, without hooks or dropout, with random parameters and running statistics."""
+    plain = copy.deepcopy(block).to("cpu", torch.float64).requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    dropouts = [module for module in parts_of(plain).tail if isinstance(module, nn.modules.dropout._DropoutNd)]
+    for dropout in dropouts:  # one inside of the block stays, and makes the comparison fail
+        dropout.p = 0.0
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
+            parameter.normal_(std=max(fan_in, 1) ** -0.5, generator=generator)
+        for module in plain.modules():
+            for hooks in HOOKS:
+                getattr(module, hooks).clear()
+            if isinstance(module, nn.SyncBatchNorm):
+                module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]  # other processes do not take part
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                module.running_mean.normal_(generator=generator)
+                cast(Tensor, module.running_var).uniform_(0.5, 2.0, generator=generator)
+    return plain
+
+
+def _inputs(parts: Parts) -> list[Tensor]:
+    """One map for a pyramid block, two of different size for a fusion block."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(2, parts.query.conv.in_channels, 13, 11)]
+    if parts.key is not parts.query:
+        shapes.insert(0, (2, parts.key.conv.in_channels, 10, 9))
+    return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+
+
+def _results(module: nn.Module, maps: list[Tensor]) -> dict[str, Tensor]:
+    """Output, every gradient (zero where there is none) and every buffer of one call."""
+    inputs = [x.clone().requires_grad_() for x in maps]
+    module.zero_grad()
+    out = module(*inputs)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    (out * weights).sum().backward()
+    results = {"the output": out.detach()}
+    leaves = {f"input {i}": x for i, x in enumerate(inputs)} | dict(module.named_parameters())
+    for name, leaf in leaves.items():
+        results[f"the gradient of {name}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    return results | {f"the buffer {name}": buffer.double() for name, buffer in module.named_buffers()}

@@ -1,0 +1,270 @@
+"""What the parts of the blocks and of the whole head are called in every code base: one table for all who ask.
+
+Replacement finds a block's modules by it, reading and writing checkpoints its tensors. A dialect is one code base's way
+of naming; a path is relative to the block or to the head. PaddleSeg's blocks are no PyTorch modules, so its entries
+serve checkpoints only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from .collapse import Parts, Projection
+
+_Path = tuple[str, ...]
+
+CONTEXT_SLOTS = ("key.conv", "key.norm", "query.conv", "query.norm", "value", "out")
+"""The parts with tensors of every block."""
+
+BOTTLENECK_SLOTS = ("join", "tail.norm")
+"""The parts with tensors that a bottleneck adds."""
+
+
+@dataclass(frozen=True)
+class BlockNames:
+    """What the parts of a block are called; ``slots`` maps a part to its path inside the block."""
+
+    dialect: str
+    kind: str
+    """``"fusion"`` (AFNB), ``"pyramid"`` (APNB) or ``"either"``."""
+    slots: Mapping[str, str]
+    pools: str = ""
+    bottleneck: str = ""
+    """The module that joins context and input; ``join`` is its first part, the others are the tail."""
+    settings: tuple[tuple[str, object], ...] = ()
+    """Attributes that the published forward reads, with the one value that is supported."""
+    width: str = ""
+    """The attribute from which the published forward takes the softmax's scale."""
+    unused: tuple[str, ...] = ()
+    """Modules that the published forward never calls."""
+
+    def matches(self, block: nn.Module) -> bool:
+        """Whether ``block`` has the modules by which this kind of block is recognised."""
+        try:
+            pools = _at(block, tuple(self.pools.split(".")))
+            for path in self._hallmarks:
+                _at(block, path)
+        except AttributeError:
+            return False
+        return isinstance(pools, nn.ModuleList) and (not self.bottleneck or hasattr(block, self.bottleneck))
+
+    def parts(self, block: nn.Module) -> Parts:
+        """The parts of ``block``; AttributeError if one of them is not there."""
+        key_conv, key_norm, key_act, query_conv, query_norm, query_act, value, out = (
+            _at(block, path) for path in self._leaves
+        )
+        query = Projection(query_conv, query_norm, query_act)
+        containers = [_at(block, path) for path in self._containers]
+        levels = []
+        for level in containers[0].children():
+            wrapped = isinstance(level, nn.Sequential)
+            levels.append(level[0] if wrapped else level)
+            if wrapped:
+                containers.append(level)
+        bottleneck = block._modules.get(self.bottleneck)
+        join, *tail = _bottleneck_parts(bottleneck, containers) if bottleneck is not None else (None,)
+        return Parts(
+            key=query if key_conv is query_conv else Projection(key_conv, key_norm, key_act),
+            query=query,
+            value=value,
+            out=out,
+            join=join,
+            tail=tail,
+            pools=levels,
+            containers=containers,
+        )
+
+    @cached_property
+    def _hallmarks(self) -> list[_Path]:
+        key, query = (self.slots[slot].removesuffix(".0").removesuffix(".conv") for slot in ("key.conv", "query.conv"))
+        return [tuple(path.split(".")) for path in (key, query, self.slots["value"], self.slots["out"])]
+
+    @cached_property
+    def _leaves(self) -> list[_Path]:
+        """Where convolution, norm and activation of key and query are, value and output projection."""
+        projections = (f"{role}.{part}" for role in ("key", "query") for part in ("conv", "norm", "activation"))
+        return [tuple(self.slots[slot].split(".")) for slot in (*projections, "value", "out")]
+
+    @cached_property
+    def _containers(self) -> list[_Path]:
+        """The modules around the leaves whose forward only calls others, the pooling first; the collapse skips them."""
+        pools = tuple(self.pools.split("."))
+        around = {path[:end] for path in (*self._leaves, pools) for end in range(1, len(path))}
+        return [pools, *sorted(around - {pools, ("stages",)})]
+
+
+def _at(module: nn.Module, path: _Path) -> Any:
+    """The submodule at ``path``; a block asks for 17 at every call, which by ``getattr`` takes 50 µs instead of 10."""
+    for name in path:
+        child = module._modules.get(name)
+        if child is None:
+            raise AttributeError(f"{type(module).__name__} has no module {name!r}")
+        module = child
+    return module
+
+
+def _bottleneck_parts(bottleneck: nn.Module, containers: list[nn.Module]) -> list[Any]:
+    """Convolution, norm, activation, dropout: what a bottleneck calls, in order."""
+    containers.append(bottleneck)
+    leaves: list[nn.Module] = []
+    for child in bottleneck.children():
+        if isinstance(child, nn.Sequential):
+            containers.append(child)
+            leaves.extend(child.children())
+        else:
+            leaves.append(child)
+    return leaves
+
+
+@dataclass(frozen=True)
+class HeadNames:
+    """What the parts of a whole head are called; ``prefix`` is what comes before them in a network's checkpoint."""
+
+    dialect: str
+    prefix: str
+    fusion: str
+    pyramid: str
+    slots: Mapping[str, str]
+    auxiliary: Mapping[str, str]
+    """The auxiliary head on stage 4; paths are relative to the network."""
+
+
+def _mendelxu(kind: str, tail_norm: str) -> BlockNames:
+    return BlockNames(
+        dialect="mendelxu",
+        kind=kind,
+        slots={
+            "key.conv": "stages.0.f_key.0",
+            "key.norm": "stages.0.f_key.1.0",
+            "key.activation": "stages.0.f_key.1.1",
+            "query.conv": "stages.0.f_query.0",
+            "query.norm": "stages.0.f_query.1.0",
+            "query.activation": "stages.0.f_query.1.1",
+            "value": "stages.0.f_value",
+            "out": "stages.0.W",
+            "join": "conv_bn_dropout.0",
+            "tail.norm": tail_norm,
+        },
+        pools="stages.0.psp.stages",
+        bottleneck="conv_bn_dropout",
+        settings=(("stages.0.scale", 1),),
+        width="stages.0.key_channels",
+        unused=("stages.0.pool",),
+    )
+
+
+_MMSEG = BlockNames(
+    dialect="mmseg",
+    kind="either",
+    slots={
+        "key.conv": "stages.0.key_project.conv",
+        "key.norm": "stages.0.key_project.bn",
+        "key.activation": "stages.0.key_project.activate",
+        "query.conv": "stages.0.query_project.conv",
+        "query.norm": "stages.0.query_project.bn",
+        "query.activation": "stages.0.query_project.activate",
+        "value": "stages.0.value_project",
+        "out": "stages.0.out_project",
+        "join": "bottleneck.conv",
+        "tail.norm": "bottleneck.bn",
+    },
+    pools="stages.0.key_downsample",
+    bottleneck="bottleneck",
+    settings=(
+        ("stages.0.query_downsample", None),
+        ("stages.0.matmul_norm", True),
+        *(
+            (f"{module}.order", ("conv", "norm", "act"))
+            for module in ("stages.0.key_project", "stages.0.query_project", "bottleneck")
+        ),
+    ),
+    width="stages.0.channels",
+)
+
+
+_PADDLESEG = BlockNames(
+    dialect="paddleseg",
+    kind="either",
+    slots={
+        "key.conv": "stages.0.f_key._conv",
+        "key.norm": "stages.0.f_key._batch_norm",
+        "query.conv": "stages.0.f_query._conv",
+        "query.norm": "stages.0.f_query._batch_norm",
+        "value": "stages.0.f_value",
+        "out": "stages.0.W",
+        "join": "conv_bn._conv",
+        "tail.norm": "conv_bn._batch_norm",
+    },
+)
+
+
+def _simple(kind: str, key: str, query: str, value: str, out: str) -> BlockNames:
+    return BlockNames(
+        dialect="simple",
+        kind=kind,
+        slots={
+            "key.conv": f"{key}.0",
+            "key.norm": f"{key}.1",
+            "key.activation": f"{key}.2",
+            "query.conv": f"{query}.0",
+            "query.norm": f"{query}.1",
+            "query.activation": f"{query}.2",
+            "value": value,
+            "out": out,
+        },
+        pools="ppm",
+        width="key_channels",
+    )
+
+
+BLOCKS = (
+    _mendelxu("fusion", "conv_bn_dropout.1"),
+    _mendelxu("pyramid", "conv_bn_dropout.1.0"),
+    _MMSEG,
+    _PADDLESEG,
+    _simple("fusion", "Conv_key", "Conv_query", "Conv_value", "ConvOut"),
+    _simple("pyramid", "Conv_Key", "Conv_Query", "Conv_Value", "Conv_Out"),
+)
+
+PUBLISHED = BLOCKS[0]
+"""The names of MendelXu/ANN, which are this package's, too."""
+
+HEADS = (
+    HeadNames(
+        dialect="mendelxu",
+        prefix="",
+        fusion="fusion",
+        pyramid="context.2",
+        slots={"reduce.conv": "context.0", "reduce.norm": "context.1.0", "cls": "cls"},
+        auxiliary={"aux.conv": "dsn.0", "aux.norm": "dsn.1.0", "aux.cls": "dsn.3"},
+    ),
+    HeadNames(
+        dialect="mmseg",
+        prefix="decode_head.",
+        fusion="fusion",
+        pyramid="context",
+        slots={"reduce.conv": "bottleneck.conv", "reduce.norm": "bottleneck.bn", "cls": "conv_seg"},
+        auxiliary={
+            "aux.conv": "auxiliary_head.convs.0.conv",
+            "aux.norm": "auxiliary_head.convs.0.bn",
+            "aux.cls": "auxiliary_head.conv_seg",
+        },
+    ),
+    HeadNames(
+        dialect="paddleseg",
+        prefix="head.",
+        fusion="fusion",
+        pyramid="context.1",
+        slots={"reduce.conv": "context.0._conv", "reduce.norm": "context.0._batch_norm", "cls": "cls"},
+        auxiliary={
+            "aux.conv": "head.auxlayer.conv_bn_relu._conv",
+            "aux.norm": "head.auxlayer.conv_bn_relu._batch_norm",
+            "aux.cls": "head.auxlayer.conv",
+        },
+    ),
+)
