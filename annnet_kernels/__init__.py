@@ -1,5 +1,7 @@
 """Fused asymmetric non-local blocks (AFNB, APNB) for semantic segmentation. Importing it compiles nothing."""
 
+from typing import Any
+
 from .backends import last_backend, use_backend
 from .blocks import AFNB, APNB
 from .folding import fold_for_inference
@@ -26,3 +28,14 @@ __all__ = [
     "use_backend",
     "warmup",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``FusedANNHead`` only when it is asked for: it imports mmsegmentation."""
+    if name == "FusedANNHead":
+        try:
+            from .integrations.mmseg import FusedANNHead
+        except ImportError as error:
+            raise ImportError(f"FusedANNHead: needs mmsegmentation, and mmcv's compiled operators ({error})") from error
+        return FusedANNHead
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

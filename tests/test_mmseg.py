@@ -1,0 +1,134 @@
+"""The real mmsegmentation: its head with replaced blocks, and ours in its configuration."""
+
+import copy
+import subprocess
+import sys
+
+import mmsegmentation
+import pytest
+import torch
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
+from replacement_rule import assert_round_trip, randomise_output
+
+import annnet_kernels as ak
+from annnet_kernels import replace
+
+FUSED = "annnet_kernels.integrations.mmseg.FusedANNHead"
+BLOCKS = ["fusion", "context"]
+
+
+def build_head(**options):
+    head = mmsegmentation.build_head(**options).double()
+    randomise_output(head)
+    return head
+
+
+def features():
+    return [torch.randn(2, channels, 9, 7, dtype=torch.float64) for channels in (1, 1, 6, 10)]
+
+
+def labels():
+    return [SegDataSample(gt_sem_seg=PixelData(data=torch.randint(0, 4, (1, 36, 28)))) for _ in range(2)]
+
+
+def own_loss(maps, targets, seed):
+    """mmsegmentation's training loss; the head's dropout draws the same at every call."""
+
+    def run(head):
+        torch.manual_seed(seed)
+        return head.loss(maps, targets, {})["loss_ce"]
+
+    return run
+
+
+def test_training_with_its_own_loss_equals_never_having_replaced():
+    assert_round_trip(build_head(), own_loss(features(), labels(), 3), BLOCKS)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_replaced_head_equals_the_original(training):
+    head, maps, targets = build_head().train(training), features(), labels()
+    twin = copy.deepcopy(head)
+    assert list(ak.replace_blocks(head).replaced) == BLOCKS
+    for module in (head, twin):
+        own_loss(maps, targets, 5)(module).backward()
+    for (name, p), q in zip(head.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-7, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+    for (name, b), c in zip(head.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(b, c, msg=lambda m, name=name: f"{name}: {m}")
+    torch.testing.assert_close(head.eval()(maps), twin.eval()(maps))
+
+
+def test_its_code_is_known_and_agrees_when_compared(monkeypatch):
+    assert all("mmseg, known code" in how for how in ak.replace_blocks(build_head()).replaced.values())
+    monkeypatch.setattr(replace, "is_published", lambda *_: False)
+    assert all("mmseg, compared" in how for how in ak.replace_blocks(build_head()).replaced.values())
+
+
+def test_a_changed_copy_of_its_block_is_refused():
+    class Forgetful(mmsegmentation.APNB):
+        def forward(self, feats):
+            context = torch.stack([stage(feats, feats) for stage in self.stages], dim=0).sum(dim=0)
+            return self.bottleneck(torch.cat([feats, context], 1))
+
+    head = build_head()
+    head.context.__class__ = Forgetful
+    report = ak.replace_blocks(head)
+    assert list(report.replaced) == ["fusion"]
+    assert "computes something else: the output differs by" in report.skipped["context"]
+
+
+def test_the_published_network_is_replaced_and_predicts_the_same():
+    model = mmsegmentation.build_model().eval()
+    randomise_output(model)
+    x = torch.randn(1, 3, 65, 97)
+    with torch.no_grad():
+        expected = model(x, mode="tensor")
+        assert list(ak.replace_blocks(model).replaced) == [f"decode_head.{name}" for name in BLOCKS]
+        got = model(x, mode="tensor")
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+OPTIONS = {
+    "query_scales": ({"query_scales": (2,)}, "query_downsample is MaxPool2d"),
+    "two query scales": ({"query_scales": (1, 1)}, "2 stages (query_scales or sizes)"),
+    "GN": ({"norm_cfg": {"type": "GN", "num_groups": 1}}, "ConvModule has no module 'bn'"),
+    "no activation": ({"act_cfg": None}, "ConvModule has no module 'activate'"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_cannot_be_fused_is_left_alone_or_refused_with_its_reason(name):
+    options, reason = OPTIONS[name]
+    report = ak.replace_blocks(build_head(**options))
+    assert list(report.skipped) == BLOCKS
+    assert all(reason in why for why in report.skipped.values()), str(report)
+    with pytest.raises(ValueError, match="FusedANNHead: expected two blocks that can be fused") as error:
+        build_head(type=FUSED, **options)
+    assert reason in str(error.value)
+
+
+def test_other_activations_and_pool_sizes_are_replaced():
+    head = build_head(act_cfg={"type": "LeakyReLU"}, key_pool_scales=(1, 2))
+    twin, maps = copy.deepcopy(head), features()
+    assert list(ak.replace_blocks(head).replaced) == BLOCKS
+    torch.testing.assert_close(head.eval()(maps), twin.eval()(maps))
+
+
+def test_our_head_is_one_word_in_a_configuration():
+    theirs, maps, targets = build_head(), features(), labels()
+    for word in (FUSED, "FusedANNHead"):  # the first imports and registers it
+        ours = build_head(type=word)
+        assert type(ours) is ak.FusedANNHead
+        assert list(ours.state_dict()) == list(theirs.state_dict())
+        ours.load_state_dict(theirs.state_dict())
+        loss = own_loss(maps, targets, 7)
+        torch.testing.assert_close(loss(ours), loss(theirs))
+        assert "collapsed" in repr(ours.fusion)
+        assert "collapsed" in repr(ours.context)
+
+
+def test_importing_the_package_does_not_import_mmsegmentation():
+    code = "import sys, annnet_kernels; from annnet_kernels import *; assert not {'mmseg', 'mmcv'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
