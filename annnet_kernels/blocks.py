@@ -7,13 +7,16 @@ constructs, calls and loads checkpoints into.
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
+
+from torch import Tensor, nn
 
 from . import checks
 from .collapse import Parts, collapsed_forward, why_plain
 from .dialects import PUBLISHED
 from .folding import Foldable, explain
-from .reference.blocks import PlainAFNB, PlainAPNB
+from .pyramid import POOL_SIZES
+from .reference.blocks import NormLayer, PlainAFNB, PlainAPNB, PoolSizes
 
 
 class AFNB(Foldable, PlainAFNB):
@@ -35,6 +38,10 @@ class AFNB(Foldable, PlainAFNB):
         psp_size: pool sizes, integers or (h, w) pairs; T = Σ s² tokens, 110 by default.
         bottleneck: whether to fuse the context with ``high`` (1 × 1 convolution over out + high channels, norm,
             dropout). False returns the context, as the simple published variant does.
+        recompute: make the map ahead of the tail again in the backward pass instead of keeping it (2048 of the about
+            2600 channels per pixel that this block keeps, 512 of an APNB's about 790, in float32). Its price is one
+            more product of ``high`` and one more attention forward. Compiled code ignores it. An attribute of the
+            same name can be set at any time.
 
     Shapes:
         low (B, low_in_channels, H_l, W_l), high (B, high_in_channels, H, W) → (B, out_channels, H, W). Any strides;
@@ -52,6 +59,35 @@ class AFNB(Foldable, PlainAFNB):
         torch.Size([2, 128, 33, 33])
     """
 
+    def __init__(
+        self,
+        low_in_channels: int,
+        high_in_channels: int,
+        out_channels: int,
+        key_channels: int,
+        value_channels: int,
+        dropout: float = 0.05,
+        sizes: Sequence[int] = (1,),
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        psp_size: PoolSizes = POOL_SIZES,
+        *,
+        bottleneck: bool = True,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__(
+            low_in_channels,
+            high_in_channels,
+            out_channels,
+            key_channels,
+            value_channels,
+            dropout,
+            sizes,
+            norm_layer,
+            psp_size,
+            bottleneck=bottleneck,
+        )
+        self.recompute = recompute
+
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         parts = self.parts()
         checks.block_inputs(low=(low, parts.key.conv), high=(high, parts.query.conv))
@@ -59,7 +95,7 @@ class AFNB(Foldable, PlainAFNB):
             return super().forward(low, high)
         if (fold := self.current_fold()) is not None:
             return self.run_folded(fold, parts, low, high)
-        return collapsed_forward(parts, low, high)
+        return collapsed_forward(parts, low, high, recompute=self.recompute)
 
     def parts(self) -> Parts:
         """The modules that the collapse reads."""
@@ -78,8 +114,8 @@ class APNB(Foldable, PlainAPNB):
     Args:
         in_channels: channels of ``x`` (512 in ANNNet).
         out_channels: channels of the output (512).
-        key_channels, value_channels, dropout, sizes, norm_layer, psp_size, bottleneck: as for :class:`AFNB`; the tail
-            has a ReLU between norm and dropout.
+        key_channels, value_channels, dropout, sizes, norm_layer, psp_size, bottleneck, recompute: as for :class:`AFNB`;
+            the tail has a ReLU between norm and dropout.
 
     Shapes:
         x (B, in_channels, H, W) → (B, out_channels, H, W). Strides and dtypes as for :class:`AFNB`.
@@ -95,6 +131,33 @@ class APNB(Foldable, PlainAPNB):
         torch.Size([2, 64, 33, 40])
     """
 
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        key_channels: int,
+        value_channels: int,
+        dropout: float = 0.05,
+        sizes: Sequence[int] = (1,),
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        psp_size: PoolSizes = POOL_SIZES,
+        *,
+        bottleneck: bool = True,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            key_channels,
+            value_channels,
+            dropout,
+            sizes,
+            norm_layer,
+            psp_size,
+            bottleneck=bottleneck,
+        )
+        self.recompute = recompute
+
     def forward(self, x: Tensor) -> Tensor:
         parts = self.parts()
         checks.block_inputs(x=(x, parts.query.conv))
@@ -102,7 +165,7 @@ class APNB(Foldable, PlainAPNB):
             return super().forward(x)
         if (fold := self.current_fold()) is not None:
             return self.run_folded(fold, parts, x, x)
-        return collapsed_forward(parts, x, x)
+        return collapsed_forward(parts, x, x, recompute=self.recompute)
 
     def parts(self) -> Parts:
         """The modules that the collapse reads."""

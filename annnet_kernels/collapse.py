@@ -16,7 +16,10 @@ backward has to cancel it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -24,10 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .backends import requested_backend, use_backend
 from .functional import asymmetric_attention, pyramid_pool
 from .normalization import (
     FUSABLE_NORMS,
     Normalization,
+    Product,
     apply_tail,
     attend_rectified,
     normalization,
@@ -62,29 +67,59 @@ class Parts(NamedTuple):
         return [cast("tuple[int, int]", size if isinstance(size, tuple) else (size, size)) for size in sizes]
 
 
-def collapsed_forward(parts: Parts, low: Tensor, high: Tensor) -> Tensor:
-    """The block's output (B, C_out, H, W) from low (B, C_l, H_l, W_l) and high (B, C_h, H, W)."""
+def collapsed_forward(parts: Parts, low: Tensor, high: Tensor, *, recompute: bool = False) -> Tensor:
+    """The block's output (B, C_out, H, W) from low (B, C_l, H_l, W_l) and high (B, C_h, H, W).
+
+    With ``recompute`` the map ahead of the tail is not kept for the backward pass but made again there.
+    """
     context_weight, high_weight = halves_of(parts)
     value = _token_values(parts, context_weight, pyramid_pool(low, parts.pool_sizes))
-    constant = constant_of(parts, context_weight)
-    if high_weight is None:
-        addend = constant[:, None, None].expand(high.shape[0], -1, *high.shape[2:])
-    else:
-        addend = F.conv2d(high, high_weight, constant.to(high_weight.dtype))
-    return _finish(parts.tail, _attend(parts, low, high, value, addend))
+    product = Product(None if high_weight is None else high, high_weight, constant_of(parts, context_weight))
+    attend = _attention(parts, low, high, value, product)
+    out = attend()
+    if recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        with _made_again(out, attend):
+            return _finish(parts.tail, out)
+    return _finish(parts.tail, out)
 
 
-def _attend(parts: Parts, low: Tensor, high: Tensor, value: Tensor, addend: Tensor) -> Tensor:
-    """A U + addend, with queries from ``high`` and keys from ``low``."""
+def _attention(parts: Parts, low: Tensor, high: Tensor, value: Tensor, product: Product) -> Callable[[], Tensor]:
+    """Makes A U + product, with queries from ``high`` and keys from ``low``; statistics are updated here, once."""
     shared = parts.key is parts.query
     calls = 2 if shared else 1  # in an APNB the published block projects twice
     if not _is_fusable(parts.query):
         query = _rectified(parts.query, high, calls)
         tokens = pyramid_pool(query, parts.pool_sizes) if shared else _pooled_key(parts, low)
-        return asymmetric_attention(query, tokens, value.to(query.dtype)) + addend.to(query.dtype)
+        return lambda: asymmetric_attention(query, tokens, value.to(query.dtype)) + _sum_of(product, query)
     y, norm = _raw(parts.query, high, calls)
     key = None if shared else _pooled_key(parts, low)
-    return attend_rectified(y, norm, key, value.to(y.dtype), addend.to(y.dtype), parts.pool_sizes)
+    return partial(attend_rectified, y, norm, key, value, product, parts.pool_sizes)
+
+
+def _sum_of(product: Product, query: Tensor) -> Tensor:
+    """X Wᵀ + c in the dtype of ``query``; c alone, (C, 1, 1), without a bottleneck."""
+    x, weight, constant = (None if operand is None else operand.to(query.dtype) for operand in product)
+    assert constant is not None
+    return constant[:, None, None] if x is None or weight is None else F.conv2d(x, weight, constant)
+
+
+@contextmanager
+def _made_again(out: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
+    """Within, whoever keeps ``out`` for its backward pass keeps nothing, and gets what ``make`` makes then."""
+    backend, reference = requested_backend(), weakref.ref(out)  # autograd keeps the hooks, and what they hold
+
+    def pack(kept: Tensor) -> Tensor | None:
+        out = reference()
+        return None if out is not None and kept.is_set_to(out) else kept
+
+    def unpack(kept: Tensor | None) -> Tensor:
+        if kept is not None:
+            return kept
+        with use_backend(backend), torch.no_grad():
+            return make()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 def _pooled_key(parts: Parts, low: Tensor) -> Tensor:
@@ -209,6 +244,9 @@ def why_plain(parts: Parts) -> str | None:
         for hooks in HOOKS:
             if getattr(module, hooks):
                 return f"{name} carries {hooks.strip('_').replace('_', ' ')}"
+        for parameter, value in module._parameters.items():
+            if type(value).__name__ == "DTensor":  # by name: its module takes longer to import than this package
+                return f"{name} holds a sharded {parameter} (DTensor)"
         if isinstance(module, nn.Conv2d) and not _is_pointwise(module):
             return f"{name} is no plain 1 × 1 convolution: {module.extra_repr()}"
         if isinstance(module, nn.AdaptiveAvgPool2d) and not _is_fixed(module):

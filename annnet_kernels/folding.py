@@ -27,7 +27,14 @@ from torch import Tensor, nn
 from . import checks
 from .collapse import HOOKS, Parts, constant_of, halves_of, matrices_of, why_plain
 from .functional import pyramid_pool
-from .normalization import FUSABLE_NORMS, attend_rectified, normalization, pool_rectified, uses_batch_statistics
+from .normalization import (
+    FUSABLE_NORMS,
+    Product,
+    attend_rectified,
+    normalization,
+    pool_rectified,
+    uses_batch_statistics,
+)
 
 
 class FoldedBlock(NamedTuple):
@@ -83,8 +90,12 @@ class Fold:
 
 
 class Foldable(nn.Module):
-    """A block that can be folded. Whatever makes it train unfolds it."""
+    """A block that can be folded. Whatever makes it train unfolds it.
 
+    ``recompute`` is whether the map ahead of the block's tail is made again in the backward pass instead of kept.
+    """
+
+    recompute: bool = False
     _fold: Fold | None = None
 
     def parts(self) -> Parts:
@@ -254,12 +265,8 @@ def folded_forward(block: FoldedBlock, parts: Parts, low: Tensor, high: Tensor) 
     pooled = pyramid_pool(low, parts.pool_sizes)
     with torch.autocast(low.device.type, enabled=False):
         value = torch.matmul(block.token_matrix.t(), pooled.to(block.token_matrix.dtype))
-    if block.weight is None:
-        addend = block.constant[:, None, None].expand(high.shape[0], -1, *high.shape[2:])
-    else:
-        dtype = parts.query.conv.weight.dtype
-        addend = F.conv2d(high, block.weight.to(dtype), block.constant.to(dtype))
-    out = _attend(parts, low, high, value, addend)
+    product = Product(None if block.weight is None else high, block.weight, block.constant)
+    out = _attend(parts, low, high, value, product)
     return out.relu_() if block.relu else out
 
 
@@ -269,7 +276,7 @@ def merged_forward(pair: FoldedPair, conv: nn.Conv2d, parts: Parts, low: Tensor,
     batch, _, tokens = pooled.shape
     # The attention itself as a map, and a last channel of ones (its rows sum to 1) that carries the constant.
     selector = torch.cat([torch.eye(tokens), torch.ones(1, tokens)]).to(pooled).expand(batch, -1, -1)
-    attention = _attend(parts, low, high, selector, None)
+    attention = _attend(parts, low, high, selector, Product(None, None, None))
     with torch.autocast(low.device.type, enabled=False):
         kernels = torch.matmul(pair.token_weight, pooled.to(pair.token_weight.dtype)[:, None, None])
         constant = pair.constant_weight[:, :, :, None].expand(batch, -1, -1, -1, -1)
@@ -281,12 +288,10 @@ def merged_forward(pair: FoldedPair, conv: nn.Conv2d, parts: Parts, low: Tensor,
     return out
 
 
-def _attend(parts: Parts, low: Tensor, high: Tensor, value: Tensor, addend: Tensor | None) -> Tensor:
+def _attend(parts: Parts, low: Tensor, high: Tensor, value: Tensor, product: Product) -> Tensor:
     y = F.conv2d(high, parts.query.conv.weight, parts.query.conv.bias)
     key = None
     if parts.key is not parts.query:
         raw = F.conv2d(low, parts.key.conv.weight, parts.key.conv.bias)
         key = pool_rectified(raw, normalization(parts.key.norm, raw), parts.pool_sizes)
-    addend = None if addend is None else addend.to(y.dtype)
-    norm = normalization(parts.query.norm, y)
-    return attend_rectified(y, norm, key, value.to(y.dtype), addend, parts.pool_sizes)
+    return attend_rectified(y, normalization(parts.query.norm, y), key, value, product, parts.pool_sizes)

@@ -40,6 +40,14 @@ class Normalization(NamedTuple):
         return self.mean, self.invstd, self.weight, self.bias, self.shift
 
 
+class Product(NamedTuple):
+    """X Wᵀ + c: x (B, C, H, W), weight (C_out, C, 1, 1), constant (C_out); what is None is left out."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    constant: Tensor | None
+
+
 def uses_batch_statistics(norm: nn.Module) -> bool:
     """Whether a call of this batch norm normalises by the statistics of its batch."""
     return norm.training or norm.running_mean is None
@@ -122,18 +130,21 @@ def attend_rectified(
     norm: Normalization,
     key: Tensor | None,
     value: Tensor,
-    addend: Tensor | None,
+    product: Product,
     pool_sizes: Sequence[tuple[int, int]],
 ) -> Tensor:
-    """Attention of queries relu(z) over tokens, plus ``addend``; ``key=None`` pools the keys from the same map."""
+    """Attention of queries relu(z) over tokens, plus ``product``; ``key=None`` pools the keys from the same map.
+
+    All operands are brought to the dtype of ``y``, as the convolution that made it brought its own.
+    """
     heights, widths = zip(*pool_sizes, strict=True)
     out: Tensor
     out, _, _ = NormalizedAttention.apply(
         y,
         *norm.vectors,
         key,
-        value,
-        addend,
+        value.to(y.dtype),
+        *(None if operand is None else operand.to(y.dtype) for operand in product),
         norm.samples,
         norm.group,
         y.shape[1] ** -0.5,
@@ -145,12 +156,15 @@ def attend_rectified(
 
 
 def apply_tail(y: Tensor, norm: Normalization, relu: bool, dropout: nn.Dropout2d | None) -> Tensor:
-    """Dropout2d(act(z)), keeping y and one factor per image and channel."""
+    """Dropout2d(act(z)), keeping y and one factor per image and channel; without gradients, y becomes it."""
     channel_scale = None
     if dropout is not None and dropout.training and dropout.p > 0:
         # Drawn as Dropout2d draws it for a map of this dtype, so that seeds mean the same.
         drawn = dropout(y.new_ones(y.shape[0], y.shape[1], 1, 1))
         channel_scale = drawn.flatten(1).to(norm.mean.dtype)
+    if not torch.is_grad_enabled():
+        torch.ops.annnet.batch_norm_apply_(y, norm.mean, norm.invstd, norm.weight, norm.bias, channel_scale, relu)
+        return y
     out: Tensor = NormalizedTail.apply(
         y, *norm.vectors, channel_scale, relu, norm.samples, norm.group, requested_backend()
     )

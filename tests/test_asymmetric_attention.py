@@ -277,3 +277,17 @@ def test_prologue_and_addend(layout, dtype, backend):
 
     assert_as_accurate_as_plain(run, dtype)
     assert ak.last_backend("asymmetric_attention_bn_relu") == backend
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_in_place_is_the_same_sum(layout, dtype, backend):
+    y, addend = (random_map((2, c, 11, 13), dtype, layout) for c in (21, 35))
+    key, value = (random_tokens(2, c, 43, dtype) for c in (21, 35))
+    norm = torch.randn(4, 21, dtype=torch.promote_types(dtype, torch.float32)).unbind()
+    with ak.use_backend(backend):
+        out, logsumexp = torch.ops.annnet.asymmetric_attention_bn_relu(y, *norm, key, value, addend, 0.2)
+        in_place = torch.ops.annnet.asymmetric_attention_bn_relu_(y, *norm, key, value, addend, 0.2)
+    assert torch.equal(addend, out)
+    assert torch.equal(in_place, logsumexp)

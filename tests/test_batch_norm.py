@@ -67,6 +67,18 @@ def test_accuracy_of_what_may_be_absent(absent, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_in_place_is_the_same_map(layout, dtype, backend):
+    y = random_map((2, 19, 17, 24), dtype, layout)
+    operands = (*torch.randn(4, 19).unbind(), torch.rand(2, 19), True)
+    with ak.use_backend(backend):
+        out = ops.batch_norm_apply(y, *operands)
+        ops.batch_norm_apply_(y, *operands)
+    assert torch.equal(y, out)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("ratio", [5, 20, 1000])
 def test_accuracy_far_from_zero(ratio, layout, backend):

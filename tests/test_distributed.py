@@ -49,6 +49,26 @@ def worker(kind, rank, split, folder):
     dist.destroy_process_group()
 
 
+@pytest.fixture
+def single_process_mesh():
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_sharded_parameter_is_left_to_the_published_forward(kind, single_process_mesh):
+    from torch.distributed.tensor import distribute_tensor
+
+    block = build(kind, fused=True)
+    value = block.stages[0].f_value
+    value.weight = nn.Parameter(distribute_tensor(value.weight.detach(), single_process_mesh))
+    assert "published forward, because of Conv2d holds a sharded weight (DTensor)" in repr(block)
+
+
 @pytest.mark.parametrize("split", [2, 1], ids=["even", "uneven"])
 @pytest.mark.parametrize("kind", CLASSES)
 def test_two_processes_equal_one(kind, split, tmp_path):

@@ -52,6 +52,15 @@ register(
     reference=reference.batch_norm_apply_out,
     triton_module="batch_norm",
 )
+# y is dense, NCHW or channels_last.
+register(
+    "batch_norm_apply_(Tensor(a!) y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, Tensor? channel_scale,"
+    " bool relu) -> ()",
+    allocate=lambda *_: None,
+    reference=reference.batch_norm_apply_out,
+    triton_module="batch_norm",
+    written=0,
+)
 # (2, C): Σ g and Σ g·ŷ, the gradients of bias and weight.
 register(
     "batch_norm_bwd_sums(Tensor grad_out, Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias,"

@@ -1,8 +1,9 @@
 """annnet::asymmetric_attention_bn_relu: attention whose queries are normalised and rectified as they are loaded.
 
-The query z = relu((y − mean) · invstd · weight + bias) is never written, and neither is the sum with ``addend``:
-out = softmax(scale · z Kᵀ) V + addend. The backward operator returns the gradient of z, which ``bn_relu_bwd_sums``
-and ``bn_relu_bwd_input`` carry on to y. They are steps of the blocks' own autograd Functions and have none themselves.
+The query z = relu((y − mean) · invstd · weight + bias) is never written, and the sum with ``addend`` is written once:
+out = softmax(scale · z Kᵀ) V + addend, by the in-place operator into ``addend`` itself. The backward operator returns
+the gradient of z, which ``bn_relu_bwd_sums`` and ``bn_relu_bwd_input`` carry on to y. They are steps of the blocks' own
+autograd Functions and have none themselves.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ def _allocate(
     y: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, bias: Tensor, key: Tensor, value: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
     batch, height, width = y.shape[0], *y.shape[2:]
-    out = empty_map(y, (batch, value.shape[1], height, width), is_channels_last(y))
-    return out, y.new_empty((batch, height * width), dtype=torch.promote_types(y.dtype, torch.float32))
+    return empty_map(y, (batch, value.shape[1], height, width), is_channels_last(y)), _allocate_logsumexp(y)
+
+
+def _allocate_logsumexp(y: Tensor, *_: Any) -> Tensor:
+    return y.new_empty((y.shape[0], y.shape[2] * y.shape[3]), dtype=torch.promote_types(y.dtype, torch.float32))
 
 
 def _allocate_bwd(
@@ -77,6 +81,16 @@ register(
     reference=reference.asymmetric_attention_bn_relu_out,
     triton_module="asymmetric_attention",
     flops=_flops,
+)
+# addend is a dense map (B, C_v, H, W), NCHW or channels_last.
+register(
+    "asymmetric_attention_bn_relu_(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, Tensor key,"
+    " Tensor value, Tensor(a!) addend, float scale) -> Tensor logsumexp",
+    allocate=_allocate_logsumexp,
+    reference=reference.asymmetric_attention_bn_relu_out,
+    triton_module="asymmetric_attention",
+    flops=_flops,
+    written=7,
 )
 # needs: which of dz, dkey and dvalue are wanted; the others come back empty.
 register(

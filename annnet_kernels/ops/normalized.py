@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -67,10 +68,12 @@ class NormalizedPool(torch.autograd.Function):
 
 
 class NormalizedAttention(torch.autograd.Function):
-    """softmax(scale · relu(z) Kᵀ) V + addend: y (B, Ck, H, W) → (B, Cv, H, W).
+    """softmax(scale · relu(z) Kᵀ) V + X W₂ᵀ + c: y (B, Ck, H, W), X (B, Ch, H, W) → (B, Cv, H, W).
 
     Keys are given, or, with ``key=None``, pooled from the same map, as in an APNB: then one raw map serves both and
-    its gradient is written once with both contributions.
+    its gradient is written once with both contributions. The product with the weight W₂ (Cv, Ch, 1, 1) is the
+    library's, and the attention adds to it in place; without X and W₂ there is no such term, nor c (Cv) where it is
+    None.
     """
 
     @staticmethod
@@ -83,7 +86,9 @@ class NormalizedAttention(torch.autograd.Function):
         shift: Tensor | None,
         key: Tensor | None,
         value: Tensor,
-        addend: Tensor | None,
+        x: Tensor | None,
+        x_weight: Tensor | None,
+        constant: Tensor | None,
         samples: int | Tensor | None,
         group: Any,
         scale: float,
@@ -94,22 +99,28 @@ class NormalizedAttention(torch.autograd.Function):
         vectors = mean, invstd, weight, bias
         pooled = None if key is not None else torch.ops.annnet.pyramid_pool_bn_relu(y, *vectors, heights, widths)
         tokens = pooled if key is None else key
+        if x is not None and x_weight is not None:
+            out = F.conv2d(x, x_weight, constant)
+            logsumexp = torch.ops.annnet.asymmetric_attention_bn_relu_(y, *vectors, tokens, value, out, scale)
+            return out, logsumexp, pooled
+        addend = None if constant is None else constant[:, None, None].expand(y.shape[0], -1, *y.shape[2:])
         out, logsumexp = torch.ops.annnet.asymmetric_attention_bn_relu(y, *vectors, tokens, value, addend, scale)
         return out, logsumexp, pooled
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        y, mean, invstd, weight, bias, ctx.shift, key, value, _, ctx.samples, ctx.group, ctx.scale, *constants = inputs
-        ctx.constants = constants
+        y, mean, invstd, weight, bias, ctx.shift, key, value, x, x_weight, _, *constants = inputs
+        ctx.samples, ctx.group, ctx.scale, *ctx.constants = constants
         ctx.shared = key is None
         _, logsumexp, pooled = output
         ctx.mark_non_differentiable(*(logsumexp,) if pooled is None else (logsumexp, pooled))
-        ctx.save_for_backward(y, mean, invstd, weight, bias, key if pooled is None else pooled, value, logsumexp)
+        tokens = key if pooled is None else pooled
+        ctx.save_for_backward(y, mean, invstd, weight, bias, tokens, value, logsumexp, x, x_weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Gradients:
-        y, mean, invstd, weight, bias, key, value, logsumexp = ctx.saved_tensors
+        y, mean, invstd, weight, bias, key, value, logsumexp, x, x_weight = ctx.saved_tensors
         vectors = mean, invstd, weight, bias
         needs_y = any(ctx.needs_input_grad[i] for i in (0, 3, 4))
         needs = [needs_y, (ctx.shared and needs_y) or ctx.needs_input_grad[6], ctx.needs_input_grad[7]]
@@ -129,9 +140,18 @@ class NormalizedAttention(torch.autograd.Function):
             _zeros_like(ctx.shift),
             None if ctx.shared or not needs[1] else dkey,
             dvalue if needs[2] else None,
-            grad if ctx.needs_input_grad[8] else None,  # addend
+            *_product_backward(grad, x, x_weight, ctx.needs_input_grad[8:11]),
             *(None,) * 6,  # samples, group, scale, heights, widths, backend
         )
+
+
+def _product_backward(grad: Tensor, x: Tensor | None, weight: Tensor | None, needs: Sequence[bool]) -> Gradients:
+    """Gradients of x, weight and constant in x weightᵀ + constant."""
+    if x is None or weight is None:
+        return None, None, grad.sum((0, 2, 3)) if needs[2] else None
+    geometry = [1, 1], [0, 0], [1, 1], False, [0, 0], 1
+    gradients: Gradients = torch.ops.aten.convolution_backward(grad, x, weight, [len(weight)], *geometry, list(needs))
+    return gradients
 
 
 def _rectified_backward(

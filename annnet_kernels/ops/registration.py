@@ -34,6 +34,7 @@ def register(
     triton_module: str | None,
     vmap: Callable[..., Any] | None = None,
     flops: Callable[..., int] | None = None,
+    written: int | None = None,
 ) -> Callable[[Callable[..., Any]], None]:
     """Define an operator and return a function that gives it the autograd Function to route through.
 
@@ -49,13 +50,16 @@ def register(
             are no Triton kernels for it.
         vmap: batching rule, as ``torch.library.register_vmap`` takes it; None if the operator is not to be batched.
         flops: FLOP of a call (2 per multiply-add), as ``register_flop_formula`` takes it; None counts nothing.
+        written: index of the operand that an in-place operator (its name ends in ``_``) writes. Implementations are
+            those of the operator without the underscore, which get this operand as their first output.
     """
-    name = schema.split("(", 1)[0]
+    operator_name = schema.split("(", 1)[0]
+    name = operator_name.removesuffix("_")
     takes_backend = "str? backend" in schema
     if triton_module is not None:
         TRITON_MODULES[name] = triton_module
     LIBRARY.define(schema, tags=_TAGS)
-    operator = getattr(getattr(torch.ops, NAMESPACE), name)
+    operator = getattr(getattr(torch.ops, NAMESPACE), operator_name)
 
     def run(*arguments: Any) -> Any:
         *operands, requested = arguments if takes_backend else (*arguments, requested_backend())
@@ -69,29 +73,30 @@ def register(
             fill = getattr(torch.ops.annnet_native, name)
         else:
             fill = reference
-        fill(*operands, *(outputs if isinstance(outputs, tuple) else (outputs,)))
+        filled = outputs if isinstance(outputs, tuple) else () if outputs is None else (outputs,)
+        fill(*operands, *(filled if written is None else (operands[written], *filled)))
         return outputs
 
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", allocate, lib=LIBRARY)
+    LIBRARY.impl(operator_name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{operator_name}", allocate, lib=LIBRARY)
     if vmap is not None:
-        torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap, lib=LIBRARY)
+        torch.library.register_vmap(f"{NAMESPACE}::{operator_name}", vmap, lib=LIBRARY)
     if flops is not None:
         register_flops(operator, flops)
     differentiable: Callable[..., Any] | None = None
 
     def autograd(*arguments: Any) -> Any:
-        if _needs_autograd(name, arguments):
+        if _needs_autograd(operator_name, arguments):
             if differentiable is None:
                 raise NotImplementedError(
-                    f"torch.ops.{NAMESPACE}.{name}: the operator has no derivative of its own; "
+                    f"torch.ops.{NAMESPACE}.{operator_name}: the operator has no derivative of its own; "
                     f"call it without gradient mode, inside of a torch.autograd.Function"
                 )
             return differentiable(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
 
-    LIBRARY.impl(name, autograd, "Autograd")
+    LIBRARY.impl(operator_name, autograd, "Autograd")
 
     def route_autograd(function: Callable[..., Any]) -> None:
         nonlocal differentiable

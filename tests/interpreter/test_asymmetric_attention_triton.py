@@ -261,6 +261,16 @@ def test_prologue_and_addend(layout, tokens, with_addend, dtype):
     assert ak.last_backend("asymmetric_attention_bn_relu_bwd") == "triton"
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_in_place_is_the_same_sum(layout):
+    y, addend = (random_map((1, c, 7, 11), torch.float32, layout, DEVICE) for c in (13, 40))
+    key, value = (random_tokens(1, c, 43, torch.float32, device=DEVICE) for c in (13, 40))
+    operands = (y, *random_norm(13), key, value)
+    out, _ = torch.ops.annnet.asymmetric_attention_bn_relu(*operands, addend, 0.2)
+    torch.ops.annnet.asymmetric_attention_bn_relu_(*operands, addend, 0.2)
+    assert torch.equal(addend, out)
+
+
 def plain_of_normalised(y, norm, key, value, addend, grad):
     """The published operations in the dtype of y: batch norm in float32, rounded; attention; sum."""
     mean, invstd, weight, bias = (v[None, :, None, None] for v in norm)
