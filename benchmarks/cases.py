@@ -10,6 +10,7 @@ from annnet_kernels.pyramid import POOL_SIZES, num_tokens
 
 OPERATORS = ("pyramid_pool", "asymmetric_attention")
 BLOCKS = ("AFNB", "APNB")
+PAIR = "AFNB + 3×3"  # with the convolution behind it in ANNNet, which a fold merges it with
 MODEL = "ANNNet"
 CLASSES = 19
 KEY_CHANNELS = VALUE_CHANNELS = 256
@@ -20,7 +21,7 @@ class Case:
     """One row of the benchmark: an operator, a block or the model on maps of one size.
 
     Args:
-        subject: one of ``OPERATORS``, ``BLOCKS`` or ``MODEL``.
+        subject: one of ``OPERATORS``, ``BLOCKS``, ``PAIR`` or ``MODEL``.
         training: forward and backward (blocks in training mode) instead of forward alone (evaluation mode).
         size: (height, width) of the feature map; of the image for the model.
         channels: of the input map (AFNB: of the high level). For the attention, of query and value.
@@ -101,6 +102,10 @@ def afnb(size: tuple[int, int], **options: Any) -> tuple[Case, Case]:
     return _both_modes(Case("AFNB", False, size, 2048, out_channels=2048, low_channels=1024, **options))
 
 
+def pair(size: tuple[int, int], **options: Any) -> Case:
+    return Case(PAIR, False, size, 2048, out_channels=512, low_channels=1024, **options)
+
+
 def model(size: tuple[int, int], **options: Any) -> tuple[Case, Case]:
     return _both_modes(Case(MODEL, False, size, 3, **options))
 
@@ -140,6 +145,7 @@ def _cpu() -> list[Case]:
         *apnb((97, 97), layout="channels_last", tags=tags),
         *afnb((49, 49), tags=tags),
         *afnb((49, 49), layout="channels_last", tags=tags),
+        pair((49, 49), tags=tags),
         *model((257, 257), tags=tags),
     ]
 
@@ -161,6 +167,7 @@ def _gpu() -> list[Case]:
             block_tags = (*tags, "gpu-blocks") if first and layout == "channels_last" else ("gpu-rest",)
             cases += [*pool(size, tags=operator_tags, **options), *attention(size, tags=operator_tags, **options)]
             cases += [*apnb(size, tags=block_tags, **options), *afnb(size, tags=block_tags, **options)]
+            cases += [pair(size, tags=block_tags, **options)]
     for image in ((769, 769), (512, 1024), (1024, 2048)):
         cases += model(image, batch=2, dtype="bfloat16", layout="channels_last", tags=("gpu-models",))
     return cases

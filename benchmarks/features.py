@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import annnet_kernels as ak
 
-from .cases import CLASSES, MODEL, Case
+from .cases import CLASSES, MODEL, PAIR, Case
 
 NOTE = "backbone ResNet-50 initialised at random (seed 0), normalising with each picture's own statistics"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp"}
@@ -91,7 +91,7 @@ class Features:
         if case.subject == MODEL:
             return (self.images(case.size, case.batch),)
         low, high = self._stages(case.size, case.batch)
-        if case.subject == "AFNB":
+        if case.subject in ("AFNB", PAIR):
             return low, high
         if case.channels == high.shape[1]:
             return (high,)

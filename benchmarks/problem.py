@@ -125,6 +125,8 @@ class Contestant:
         """Take over these parameters and statistics, in place."""
         if state:
             self.module.load_state_dict(state)
+        if self.provider.folded:
+            ak.fold_for_inference(self.module)
 
     @contextmanager
     def _context(self) -> Iterator[None]:

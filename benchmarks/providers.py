@@ -6,7 +6,7 @@ Peers come from ``annnet_kernels.reference`` (the published blocks) or differ fr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from annnet_kernels.pyramid import POOL_SIZES
 from annnet_kernels.reference.blocks import AttentionStage, PlainAFNB, PlainAPNB, PyramidPooling
 from annnet_kernels.reference.truth import pooling_matrix
 
-from .cases import CLASSES, KEY_CHANNELS, MODEL, VALUE_CHANNELS, Case
+from .cases import CLASSES, KEY_CHANNELS, MODEL, PAIR, VALUE_CHANNELS, Case
 
 OURS = "ours"
 PLAIN = "plain eager"
@@ -41,6 +41,7 @@ class Provider:
         backend: request for ``ak.use_backend``.
         effort: in which selections it runs: "quick", "standard" or "full", each including the ones before it.
         statistics: whether it promises the published running statistics (the shared projection of APNB counts twice).
+        folded: whether weights are folded once they are loaded; such a provider runs in evaluation only.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Provider:
     backend: str | None = None
     effort: str = "quick"
     statistics: bool = True
+    folded: bool = False
 
 
 class _Function(nn.Module):
@@ -161,7 +163,7 @@ class CollapsedBlock(nn.Module):
 def _plain(case: Case, stage: type[AttentionStage] = AttentionStage, psp: nn.Module | None = None) -> nn.Module:
     """The published block of a case, with another stage or another reduction of keys and values in it."""
     widths = (KEY_CHANNELS, VALUE_CHANNELS)
-    afnb = case.subject == "AFNB"
+    afnb = case.subject != "APNB"
     inputs = (case.low_channels, case.channels) if afnb else (case.channels,)
     block = (PlainAFNB if afnb else PlainAPNB)(*inputs, case.out_channels, *widths)
     psp = PyramidPooling(POOL_SIZES) if psp is None else psp
@@ -184,6 +186,33 @@ def _naive_non_local(case: Case) -> nn.Module:
     if case.subject == "APNB":
         return ak.NonLocalBlock(case.channels, case.out_channels, KEY_CHANNELS, VALUE_CHANNELS)
     return _plain(case, psp=nn.Flatten(2))
+
+
+# The AFNB with the convolution behind it.
+
+
+class Pair(nn.Module):
+    """An AFNB, its dropout inactive, and the 3 × 3 convolution of ANNNet."""
+
+    def __init__(self, fusion: nn.Module, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.fusion = fusion
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        out: Tensor = self.conv(self.fusion(low, high))
+        return out
+
+    def convolution_behind_fusion(self) -> nn.Conv2d:
+        """What ``ak.fold_for_inference`` asks a model for."""
+        return self.conv
+
+
+def _pair_of(block: Callable[[Case], nn.Module]) -> Callable[[Case], nn.Module]:
+    def build(case: Case) -> nn.Module:
+        return Pair(block(replace(case, subject="AFNB", out_channels=case.channels)), case.channels, case.out_channels)
+
+    return build
 
 
 # The model.
@@ -240,6 +269,7 @@ _ATTENTION = (
 )
 _BLOCK = (
     Provider(OURS, _ours),
+    Provider("ours folded", _ours, folded=True),
     Provider("ours compiled", _ours, compile="default", effort="standard"),
     Provider(PLAIN, _plain),
     Provider("plain compiled", _plain, compile="default"),
@@ -250,8 +280,18 @@ _BLOCK = (
     Provider(NAIVE, _naive_non_local, NON_LOCAL),
     Provider("non-local by SDPA", lambda case: _plain(case, SdpaStage, nn.Flatten(2)), NON_LOCAL, effort="standard"),
 )
+_PAIR = (
+    Provider(OURS, _pair_of(_ours), folded=True),
+    Provider("ours unfolded", _pair_of(_ours)),
+    Provider(PLAIN, _pair_of(_plain)),
+    Provider("plain compiled", _pair_of(_plain), compile="default"),
+    Provider("plain max-autotune", _pair_of(_plain), compile=_MAX_AUTOTUNE, effort="full"),
+    Provider("collapsed plain", _pair_of(_collapsed)),
+    Provider("collapsed compiled", _pair_of(_collapsed), compile="default", effort="standard"),
+)
 _MODEL = (
     Provider(OURS, _model),
+    Provider("ours folded", _model, folded=True),
     Provider("ours compiled", _model, compile="default", effort="full"),
     Provider(PLAIN, lambda case: _model(case, blocks="plain")),
     Provider("plain compiled", lambda case: _model(case, blocks="plain"), compile="default", effort="standard"),
@@ -263,6 +303,7 @@ _BY_SUBJECT = {
     "asymmetric_attention": _ATTENTION,
     "AFNB": _BLOCK,
     "APNB": _BLOCK,
+    PAIR: _PAIR,
     MODEL: _MODEL,
 }
 EFFORTS = ("quick", "standard", "full")
@@ -272,17 +313,23 @@ def providers(case: Case, effort: str) -> list[Provider]:
     """Who competes in a case; ours first. A quick run compiles in few cases only."""
     allowed = EFFORTS[: EFFORTS.index(effort) + 1]
     compiles = effort != "quick" or case.compiled
-    return [p for p in _BY_SUBJECT[case.subject] if p.effort in allowed and (compiles or p.compile is None)]
+    return [p for p in _in_mode(case) if p.effort in allowed and (compiles or p.compile is None)]
 
 
 def left_out(case: Case, effort: str) -> list[str]:
     """Names of the providers that ``effort`` does without."""
     present = {p.name for p in providers(case, effort)}
-    return [p.name for p in _BY_SUBJECT[case.subject] if p.name not in present]
+    return [p.name for p in _in_mode(case) if p.name not in present]
+
+
+def _in_mode(case: Case) -> list[Provider]:
+    return [p for p in _BY_SUBJECT[case.subject] if not (p.folded and case.training)]
 
 
 def template(case: Case) -> nn.Module | None:
     """The plain module whose parameters every provider of a block or model shares; None for the operators."""
     if case.subject == MODEL:
         return _model(case, blocks="plain")
+    if case.subject == PAIR:
+        return _pair_of(_plain)(case)
     return _plain(case) if case.subject in ("AFNB", "APNB") else None

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import features, machine
-from .cases import MODEL, Case
+from .cases import MODEL, PAIR, Case
 from .runner import NO_TIME, CaseRun, Options, first_line
 
 SCHEMA = 1
@@ -29,7 +29,7 @@ DEFINITIONS = {
     "minimal_bytes": "inputs and parameters read once, outputs written once; twice that in training, for the gradients",
     "check": "error relative to float64; the tensor nearest to its bound",
 }
-_WEIGHTS = {"pyramid_pool": 1.0, "asymmetric_attention": 1.0, "APNB": 2.0, "AFNB": 2.0, MODEL: 1.5}
+_WEIGHTS = {"pyramid_pool": 1.0, "asymmetric_attention": 1.0, "APNB": 2.0, "AFNB": 2.0, PAIR: 1.0, MODEL: 1.5}
 
 
 class Session:

@@ -147,9 +147,9 @@ class TestCorrectnessComesFirst:
     def test_ours_gets_no_more_room_than_the_rule(self):
         case = replace(POOL, training=False)
         baseline = {"output 0": 1e-6}
-        assert not verify._judge(OURS, {"output 0": 1.7e-6}, baseline, case, 5).right
-        assert verify._judge(OURS, {"output 0": 1.5e-6}, baseline, case, 5).right
-        assert verify._judge("a peer", {"output 0": 1.7e-6}, baseline, case, 5).right
+        assert not verify._judge(verify.FACTOR, {"output 0": 1.7e-6}, baseline, case, 5).right
+        assert verify._judge(verify.FACTOR, {"output 0": 1.5e-6}, baseline, case, 5).right
+        assert verify._judge(verify.PEER_FACTOR, {"output 0": 1.7e-6}, baseline, case, 5).right
 
     def test_truth_shrinks_until_it_fits(self, monkeypatch):
         sizes = []
@@ -518,6 +518,11 @@ class TestCases:
         quick = {(case.subject, case.training) for case in cases.select(["quick"])}
         subjects = (*cases.OPERATORS, *cases.BLOCKS, cases.MODEL)
         assert quick == {(subject, training) for subject in subjects for training in (False, True)}
+
+    def test_what_is_folded_runs_in_evaluation_only(self):
+        for case in cases.CASES:
+            folded = [p.name for p in providers.providers(case, "full") if p.folded]
+            assert bool(folded) == (not case.training and case.subject not in cases.OPERATORS), case.name
 
     def test_quick_has_every_peer_that_must_be_there(self):
         for subject in cases.BLOCKS:
