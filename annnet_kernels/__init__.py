@@ -4,6 +4,7 @@ from typing import Any
 
 from .backends import last_backend, use_backend
 from .blocks import AFNB, APNB
+from .checkpoints import load_checkpoint, to_dialect
 from .folding import fold_for_inference
 from .functional import asymmetric_attention, pyramid_pool, token_regions
 from .model import ANNNet
@@ -21,9 +22,11 @@ __all__ = [
     "asymmetric_attention",
     "fold_for_inference",
     "last_backend",
+    "load_checkpoint",
     "pyramid_pool",
     "replace_blocks",
     "restore_blocks",
+    "to_dialect",
     "token_regions",
     "use_backend",
     "warmup",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from . import checks
 from .blocks import AFNB, APNB
+from .checkpoint_files import read_state_dict
+from .checkpoints import CheckpointReport, head_options, load_state
 from .pyramid import POOL_SIZES
 from .reference.blocks import NormLayer, PlainAFNB, PlainAPNB, PoolSizes
 
@@ -74,6 +77,9 @@ class ANNNet(nn.Module):
         torch.Size([1, 19, 64, 64])
     """
 
+    checkpoint_report: CheckpointReport
+    """What :meth:`from_checkpoint` loaded; only there on a network that it made."""
+
     def __init__(
         self,
         num_classes: int,
@@ -121,6 +127,36 @@ class ANNNet(nn.Module):
             else None
         )
         self.align_corners = align_corners
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike[str], *, strict: bool = False, **options: Any) -> ANNNet:
+        """A network with the weights of a checkpoint of MendelXu/ANN, mmsegmentation or PaddleSeg.
+
+        Its head is loaded, whatever the dialect; its backbone only if that is torchvision's. The attribute
+        ``checkpoint_report`` of the network lists what stayed as initialised; ``print`` it.
+
+        Args:
+            path: as :func:`annnet_kernels.load_checkpoint` takes it.
+            strict: refuse a file that leaves anything as initialised.
+            **options: arguments of the constructor. Classes, widths and auxiliary head follow from the file, as does
+                the backbone's depth. Not in a file are ``psp_size`` and ``align_corners`` (True in MendelXu/ANN).
+
+        Raises:
+            TypeError, FileNotFoundError, ValueError: as :func:`annnet_kernels.load_checkpoint`.
+            ModuleNotFoundError: without torchvision, unless ``backbone`` is a module.
+
+        Example:
+            >>> import tempfile, torch, annnet_kernels as ak
+            >>> with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+            ...     torch.save(ak.ANNNet(num_classes=19).state_dict(), file.name)
+            ...     net = ak.ANNNet.from_checkpoint(file.name, strict=True, align_corners=True)
+            >>> len(net.checkpoint_report.initialised)
+            0
+        """
+        state = read_state_dict(path)
+        net = cls(**(head_options(state) | options))
+        net.checkpoint_report = load_state(net, state, strict=strict)
+        return net
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         checks.feature_map("x", x)

@@ -132,3 +132,62 @@ def test_our_head_is_one_word_in_a_configuration():
 def test_importing_the_package_does_not_import_mmsegmentation():
     code = "import sys, annnet_kernels; from annnet_kernels import *; assert not {'mmseg', 'mmcv'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def randomised(module):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.5)
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_()
+    return module
+
+
+def our_logits(net, maps):
+    return net.cls(net.context(net.fusion(*maps[2:])))
+
+
+class Backbone(torch.nn.Module):
+    channels = (6, 10)
+
+
+def test_its_checkpoint_loads_into_our_network_and_ours_into_its_head(tmp_path):
+    head, maps = randomised(build_head(dropout_ratio=1e-9)), features()
+    state = {f"decode_head.{key}": tensor for key, tensor in head.state_dict().items()}
+    torch.save(
+        {"meta": {"dataset": "city"}, "state_dict": state | {"backbone.stem.0.weight": torch.ones(1)}},
+        tmp_path / "a.pth",
+    )
+    net = ak.ANNNet.from_checkpoint(tmp_path / "a.pth", backbone=Backbone(), dropout=0.0).double()
+    assert net.checkpoint_report.unused == ["backbone.stem.0.weight"]
+    ak.load_checkpoint(net, tmp_path / "a.pth")  # again, now in float64
+    torch.testing.assert_close(our_logits(net.eval(), maps), head.eval()(maps), rtol=1e-9, atol=1e-9)
+    report = ak.load_checkpoint(head.context, tmp_path / "a.pth")
+    assert report.dialect == "mmseg"
+
+    randomised(net)  # with biases that mmsegmentation's head has no place for
+    state = ak.to_dialect(net.state_dict(), "mmseg")
+    head.load_state_dict({key.removeprefix("decode_head."): tensor for key, tensor in state.items()}, strict=True)
+    for training in (False, True):
+        torch.testing.assert_close(
+            our_logits(net.train(training), maps), head.train(training)(maps), rtol=1e-7, atol=1e-9
+        )
+    torch.testing.assert_close(our_logits(net.eval(), maps), head.eval()(maps), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("replaced", [True, False], ids=["replaced", "original"])
+def test_our_checkpoint_loads_into_its_head_with_biases_in_the_running_means(replaced, tmp_path):
+    net, head = (
+        randomised(ak.ANNNet(4, Backbone(), channels=8, key_channels=5, value_channels=5)).double(),
+        build_head(),
+    )
+    torch.save(net.state_dict(), tmp_path / "ours.pth")
+    if replaced:
+        ak.replace_blocks(head)
+    report = ak.load_checkpoint(head, tmp_path / "ours.pth")
+    assert report.folded["fusion.stages.0.f_key.0.bias"] == "fusion.stages.0.key_project.bn.running_mean"
+    assert "folded context.0.bias into bottleneck.bn.running_mean" in str(report)
+    assert all(key.startswith("dsn.") for key in report.unused)
+    maps = features()
+    torch.testing.assert_close(head.eval()(maps), our_logits(net.eval(), maps), rtol=1e-7, atol=1e-9)

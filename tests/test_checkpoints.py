@@ -1,0 +1,480 @@
+"""Checkpoints of every code base into our blocks and back; names are written out here, not taken from the package."""
+
+import os
+import pickle
+import re
+from collections import OrderedDict
+
+import numpy as np
+import published
+import pytest
+import torch
+from test_model import TinyBackbone
+from torch import nn
+
+import annnet_kernels as ak
+from annnet_kernels.reference import PlainAPNB
+
+WIDTHS = {"channels": 6, "key_channels": 5, "value_channels": 5, "dropout": 0.0}
+
+# This package's keys and PaddleSeg's, part by part, of a fusion block.
+PADDLE_FUSION = {
+    "stages.0.f_key.0": "stages.0.f_key._conv",
+    "stages.0.f_key.1.0": "stages.0.f_key._batch_norm",
+    "stages.0.f_query.0": "stages.0.f_query._conv",
+    "stages.0.f_query.1.0": "stages.0.f_query._batch_norm",
+    "stages.0.f_value": "stages.0.f_value",
+    "stages.0.W": "stages.0.W",
+    "conv_bn_dropout.0": "conv_bn._conv",
+    "conv_bn_dropout.1": "conv_bn._batch_norm",
+}
+PADDLE_PYRAMID = {key.replace("dropout.1", "dropout.1.0"): value for key, value in PADDLE_FUSION.items()}
+PADDLE_HEAD = {
+    **{f"fusion.{key}": f"head.fusion.{value}" for key, value in PADDLE_FUSION.items()},
+    **{f"context.2.{key}": f"head.context.1.{value}" for key, value in PADDLE_PYRAMID.items()},
+    "context.0": "head.context.0._conv",
+    "context.1.0": "head.context.0._batch_norm",
+    "cls": "head.cls",
+    "dsn.0": "head.auxlayer.conv_bn_relu._conv",
+    "dsn.1.0": "head.auxlayer.conv_bn_relu._batch_norm",
+    "dsn.3": "head.auxlayer.conv",
+}
+PADDLE_TENSORS = {"running_mean": "_mean", "running_var": "_variance"}
+
+
+def randomised(module):
+    """Every parameter and running statistic random."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.5)
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_()
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 2.0)
+    return module
+
+
+def net(aux=True, classes=4):
+    return randomised(ak.ANNNet(classes, TinyBackbone(), aux=aux, **WIDTHS))
+
+
+def paddle_state(state, parts):
+    """What PaddleSeg would have saved."""
+    arrays = {}
+    for key, tensor in state.items():
+        part, _, name = key.rpartition(".")
+        if part in parts and name != "num_batches_tracked":
+            arrays[f"{parts[part]}.{PADDLE_TENSORS.get(name, name)}"] = tensor.numpy()
+    return arrays
+
+
+def save_paddle(arrays, path, protocol=4):
+    path.write_bytes(pickle.dumps(arrays | {"StructuredToParameterName@@": {k: k for k in arrays}}, protocol))
+    return path
+
+
+def save(content, path):
+    torch.save(content, path)
+    return path
+
+
+def assert_same(got, expected, skip=()):
+    assert got.keys() == expected.keys()
+    for key, tensor in expected.items():
+        if not key.endswith(skip):
+            torch.testing.assert_close(got[key], tensor, rtol=0, atol=0, msg=key)
+
+
+def unchanged(module):
+    """A check, to be made later, that nothing of ``module`` changed."""
+    before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    return lambda: assert_same(module.state_dict(), before)
+
+
+BLOCKS = {
+    "fusion": (lambda: ak.AFNB(8, 12, 12, 5, 5, 0.0), lambda: published.AFNB(8, 12, 12, 5, 5, 0.0)),
+    "pyramid": (lambda: ak.APNB(6, 6, 5, 5, 0.0), lambda: published.APNB(6, 6, 5, 5, 0.0)),
+    "simple fusion": (
+        lambda: ak.AFNB(6, 12, 12, 5, 4, bottleneck=False),
+        lambda: published.AFNPBlock(12, 5, 4),
+    ),
+    "simple pyramid": (
+        lambda: ak.APNB(6, 7, 5, 4, bottleneck=False),
+        lambda: published.APNBBlock(6, 7, 5, 4),
+    ),
+}
+
+
+def maps_for(block):
+    query = block.stages[0].f_query[0]
+    low, high = torch.randn(2, block.stages[0].f_value.in_channels, 9, 8), torch.randn(2, query.in_channels, 9, 8)
+    return [high] if isinstance(block, PlainAPNB) else [low, high]
+
+
+CONTAINERS = {
+    "bare": lambda state: state,
+    "state_dict": lambda state: {"config_dict": {"lr": 0.1}, "state_dict": state},
+    "model": lambda state: {"epoch": 3, "model": state},
+    "module.": lambda state: {"state_dict": OrderedDict((f"module.{key}", x) for key, x in state.items())},
+    "compiled": lambda state: {f"_orig_mod.module.{key}": x for key, x in state.items()},
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks_of_mendelxu_and_the_simple_variant_load(kind, container, tmp_path):
+    ours, theirs = (randomised(make()).eval() for make in BLOCKS[kind])
+    report = ak.load_checkpoint(ours, save(CONTAINERS[container](theirs.state_dict()), tmp_path / "block.pth"))
+    assert report.dialect == ("simple" if kind.startswith("simple") else "mendelxu")
+    assert set(report.loaded) == set(ours.state_dict())
+    assert not report.unused + list(report.folded) + list(report.initialised)
+    maps = maps_for(ours)
+    torch.testing.assert_close(ours(*maps), theirs(*maps), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("kind", ["fusion", "pyramid"])
+def test_blocks_of_paddleseg_load(kind, protocol, tmp_path):
+    source, target = (randomised(BLOCKS[kind][0]()) for _ in range(2))
+    parts = PADDLE_FUSION if kind == "fusion" else PADDLE_PYRAMID
+    file = save_paddle(paddle_state(source.state_dict(), parts), tmp_path / "block.pdparams", protocol)
+    target.stages[0].f_key[1][0].num_batches_tracked.fill_(7)
+    report = ak.load_checkpoint(target, file)
+    assert report.dialect == "paddleseg"
+    assert report.loaded["stages.0.f_value.weight"] == "stages.0.f_value.weight"
+    assert_same(target.state_dict(), source.state_dict())
+
+
+def test_networks_of_paddleseg_load(tmp_path):
+    source, target = net(), net()
+    arrays = paddle_state(source.state_dict(), PADDLE_HEAD) | {"backbone.conv1_1._conv.weight": np.ones((3, 3))}
+    check = unchanged(target.backbone)
+    report = ak.load_checkpoint(target, save_paddle(arrays, tmp_path / "net.pdparams"))
+    check()
+    assert_same(target.fusion.state_dict(), source.fusion.state_dict())
+    assert_same(target.context.state_dict(), source.context.state_dict())
+    assert_same(target.cls.state_dict(), source.cls.state_dict())
+    assert_same(target.dsn.state_dict(), source.dsn.state_dict())
+    assert report.unused == ["backbone.conv1_1._conv.weight"]
+    assert set(report.initialised) == {f"backbone.{key}" for key in target.backbone.state_dict()}
+    assert report.loaded["context.1.0.running_var"] == "head.context.0._batch_norm._variance"
+    assert "context.1.0.running_var <- head.context.0._batch_norm._variance" in str(report)
+    with pytest.raises(ValueError, match=r"backbone\.high\.bias.*stay as initialised"):
+        ak.load_checkpoint(target, tmp_path / "net.pdparams", strict=True)
+
+
+@pytest.mark.parametrize("kind", ["fusion", "pyramid"])
+def test_a_block_takes_its_part_of_a_networks_file(kind, tmp_path):
+    source = net()
+    block = randomised(BLOCKS[kind][0]())
+    report = ak.load_checkpoint(block, save({"state_dict": source.state_dict()}, tmp_path / "net.pth"))
+    assert_same(block.state_dict(), (source.fusion if kind == "fusion" else source.context[2]).state_dict())
+    assert "cls.weight" in report.unused
+
+
+def without(state, prefix):
+    return {key: tensor for key, tensor in state.items() if not key.startswith(prefix)}
+
+
+@pytest.mark.parametrize("dropped", ["stages.0.f_query", "stages.0.f_key"])
+def test_one_copy_of_a_shared_projection_is_enough(dropped, tmp_path):
+    source, target = randomised(ak.APNB(6, 6, 5, 5)), randomised(ak.APNB(6, 6, 5, 5))
+    ak.load_checkpoint(target, save(without(source.state_dict(), dropped), tmp_path / "block.pth"))
+    assert_same(target.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize("key", ["stages.0.f_query.0.weight", "stages.0.f_query.1.0.running_var"])
+def test_two_copies_of_a_shared_projection_must_agree(key, tmp_path):
+    target = randomised(ak.APNB(6, 6, 5, 5))
+    state = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    state[key].view(-1)[0] += 1
+    check = unchanged(target)
+    twin = re.escape(key.replace("f_query", "f_key"))
+    with pytest.raises(ValueError, match=f"path: {twin} and {re.escape(key)} differ"):
+        ak.load_checkpoint(target, save(state, tmp_path / "block.pth"))
+    check()
+    with pytest.raises(ValueError, match=r"state_dict: .* differ"):
+        ak.to_dialect(net().state_dict() | {f"context.2.{name}": tensor for name, tensor in state.items()}, "mmseg")
+
+
+@pytest.mark.parametrize("dialect", ["mmseg", "mendelxu", "paddleseg"])
+def test_there_and_back_again(dialect, tmp_path):
+    source, target = net(), net()
+    state = ak.to_dialect(source.state_dict(), dialect)
+    if dialect == "paddleseg":
+        expected = paddle_state(source.state_dict(), PADDLE_HEAD) | dict(source.backbone.state_dict(prefix="backbone."))
+        assert state.keys() == expected.keys()
+        file = save_paddle({key: x.numpy() for key, x in state.items()}, tmp_path / "net.pdparams")
+    else:
+        file = save({"state_dict": state}, tmp_path / "net.pth")
+    report = ak.load_checkpoint(target, file, strict=True)
+    x = torch.randn(2, 3, 65, 49)
+    for training in (True, False):
+        for got, expected in zip(target.train(training)(x), source.train(training)(x), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    if dialect == "mendelxu":
+        assert all(key == origin for key, origin in report.loaded.items())
+    assert not any(key.endswith(".0.bias") and "f_key" in key for key in state) or dialect != "mmseg"
+
+
+def test_a_block_goes_through_every_dialect():
+    source = randomised(ak.AFNB(8, 12, 12, 5, 5))
+    state = source.state_dict()
+    for dialect in ("paddleseg", "mmseg", "paddleseg", "mendelxu", "mmseg", "mendelxu"):
+        state = ak.to_dialect(state, dialect)
+    target = ak.AFNB(8, 12, 12, 5, 5)
+    target.load_state_dict(state)
+    maps = maps_for(target)
+    torch.testing.assert_close(target.eval()(*maps), source.eval()(*maps), rtol=1e-4, atol=1e-4)
+
+
+def test_dialects_refuse_what_they_cannot_hold():
+    wide = ak.AFNB(8, 12, 12, 5, 7).state_dict()
+    with pytest.raises(ValueError, match="mmseg has one width for keys and values, the fusion block has 5 and 7"):
+        ak.to_dialect(wide, "mmseg")
+    assert ak.to_dialect(wide, "paddleseg")
+    with pytest.raises(ValueError, match="the pyramid block has no bottleneck"):
+        ak.to_dialect(ak.APNB(6, 6, 5, 5, bottleneck=False).state_dict(), "paddleseg")
+    with pytest.raises(ValueError, match="dialect: expected one of mmseg, mendelxu, paddleseg, got 'gluon'"):
+        ak.to_dialect(wide, "gluon")
+    with pytest.raises(ValueError, match="state_dict: expected one block or a whole head, got no asymmetric non-local"):
+        ak.to_dialect(nn.Linear(2, 2).state_dict(), "mmseg")
+    with pytest.raises(TypeError, match="state_dict: expected a state dict of tensors, got list"):
+        ak.to_dialect([1], "mmseg")
+
+
+def changed(state, **changes):
+    """A copy with some keys replaced; None drops one. ``__`` stands for a dot."""
+    copied = dict(state)
+    for name, value in changes.items():
+        key = name.replace("__", ".")
+        copied.pop(key, None)
+        if value is not None:
+            copied[key] = value
+    return copied
+
+
+WRONG = {
+    "missing": ({"stages__0__W__weight": None}, r"stages\.0\.W\.weight is not in the file"),
+    "missing norm": ({"conv_bn_dropout__1__running_var": None}, r"conv_bn_dropout\.1\.running_var is not in the file"),
+    "unknown": ({"stages__0__extra__weight": torch.ones(2)}, r"stages\.0\.extra\.weight has no place in the model"),
+    "second stage": ({"stages__1__W__weight": torch.ones(2)}, r"stages\.1\.W\.weight has no place in the model"),
+    "shape": (
+        {"stages__0__f_value__weight": torch.ones(5, 9, 1, 1)},
+        r"stages\.0\.f_value\.weight has \(5, 9, 1, 1\), expected \(5, 8, 1, 1\)",
+    ),
+    "scalar": ({"stages__0__W__bias": torch.tensor(1.0)}, r"stages\.0\.W\.bias has \(\), expected \(12,\)"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_checkpoint_names_the_key_and_changes_nothing(kind, tmp_path):
+    block = randomised(ak.AFNB(8, 12, 12, 5, 5))
+    changes, message = WRONG[kind]
+    file = save(changed(randomised(ak.AFNB(8, 12, 12, 5, 5)).state_dict(), **changes), tmp_path / "block.pth")
+    check = unchanged(block)
+    with pytest.raises(ValueError, match=f"path: .*{message}"):
+        ak.load_checkpoint(block, file)
+    check()
+
+
+def test_a_bias_that_does_not_fit_its_norm_is_named(tmp_path):
+    state = changed(ak.AFNB(8, 12, 12, 5, 5).state_dict(), stages__0__f_key__0__bias=torch.ones(3))
+    with pytest.raises(ValueError, match=r"stages\.0\.f_key\.0\.bias has \(3,\), expected \(5,\)"):
+        ak.to_dialect(state, "mmseg")
+
+
+MODELS = {
+    "no block": (lambda: nn.Linear(2, 2), "block_or_model: expected one block or a whole head, got no asymmetric"),
+    "two blocks": (
+        lambda: nn.ModuleList([ak.APNB(6, 6, 5, 5), ak.APNB(6, 6, 5, 5)]),
+        r"block_or_model: .* got 2 blocks \(0, 1\) and no head around them",
+    ),
+    "a head": (net, "path: expected the weights of a whole head, got those of a single block"),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_that_the_file_is_not_for_is_refused(kind, tmp_path):
+    make, message = MODELS[kind]
+    model = make()
+    check = unchanged(model)
+    with pytest.raises(ValueError, match=message):
+        ak.load_checkpoint(model, save(ak.APNB(6, 6, 5, 5).state_dict(), tmp_path / "block.pth"))
+    check()
+
+
+def test_a_file_without_weights_is_refused(tmp_path):
+    block = ak.APNB(6, 6, 5, 5)
+    for content in ({"epoch": 3}, [torch.ones(2)], {"state_dict": {}}):
+        with pytest.raises(ValueError, match="path: expected a state dict, alone or under 'state_dict' or 'model'"):
+            ak.load_checkpoint(block, save(content, tmp_path / "nothing.pth"))
+    with pytest.raises(ValueError, match="path: expected one block or a whole head, got no asymmetric"):
+        ak.load_checkpoint(block, save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth"))
+    with pytest.raises(FileNotFoundError, match=r"path: no such file: .*missing\.pth"):
+        ak.load_checkpoint(block, tmp_path / "missing.pth")
+    with pytest.raises(TypeError, match="path: expected a path, got 3 of type int"):
+        ak.load_checkpoint(block, 3)
+    with pytest.raises(TypeError, match="block_or_model: expected an instance"):
+        ak.load_checkpoint("net", tmp_path / "linear.pth")
+
+
+@pytest.mark.parametrize("ending", [".pth", ".pdparams"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.95])
+def test_a_truncated_file_is_refused(ending, share, tmp_path):
+    block = randomised(ak.AFNB(8, 12, 12, 5, 5))
+    file = tmp_path / f"block{ending}"
+    if ending == ".pth":
+        save(block.state_dict(), file)
+    else:
+        save_paddle(paddle_state(block.state_dict(), PADDLE_FUSION), file)
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    check = unchanged(block)
+    with pytest.raises(ValueError, match=f"path: .*block{ending} cannot be read as weights"):
+        ak.load_checkpoint(block, file)
+    check()
+
+
+class Malicious:
+    """Unpickling it calls what it was made with."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def write_all(path, content):
+    path.write_bytes(pickle.dumps(content, protocol=4))
+    return path
+
+
+ATTACKS = {
+    "os.system": lambda mark: Malicious(os.system, f"touch {mark}"),
+    "eval": lambda mark: Malicious(eval, f"open({str(mark)!r}, 'w')"),
+    "open": lambda mark: Malicious(open, str(mark), "w"),
+    "getattr": lambda mark: Malicious(getattr, Malicious(open, str(mark), "w"), "close"),
+    "numpy": lambda mark: Malicious(np.save, str(mark), [1]),
+    "in an array": lambda mark: np.array([Malicious(open, str(mark), "w")], dtype=object),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
+@pytest.mark.parametrize("ending", [".pth", "legacy.pth", "plain.pth", ".pdparams"])
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_nothing_in_a_file_is_executed(attack, ending, tmp_path):
+    mark = tmp_path / "executed"
+    content = {"state_dict": {"stages.0.W.weight": ATTACKS[attack](mark)}, "meta": ATTACKS[attack](mark)}
+    file = tmp_path / f"bad{ending}"
+    if ending in (".pth", "legacy.pth"):
+        torch.save(content, file, _use_new_zipfile_serialization=ending == ".pth")
+    else:
+        write_all(file, content)
+    mark.unlink(missing_ok=True)  # NumPy writes while it pickles
+    block = ak.APNB(6, 6, 5, 5)
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        ak.load_checkpoint(block, file)
+    assert not list(tmp_path.glob("executed*"))
+
+
+def test_arrays_of_anything_but_numbers_are_refused(tmp_path):
+    for value in (np.array(["a"]), "text", 3, np.array([True])):
+        with pytest.raises(ValueError, match="bad: expected an array of numbers"):
+            ak.load_checkpoint(ak.APNB(6, 6, 5, 5), write_all(tmp_path / "net.pdparams", {"bad": value}))
+
+
+def test_what_mmengine_stores_beside_weights_is_read_over(tmp_path):
+    logging = pytest.importorskip("mmengine.logging", reason="needs MMEngine's history buffers")
+    source, target = randomised(ak.APNB(6, 6, 5, 5)), ak.APNB(6, 6, 5, 5)
+    content = {
+        "meta": {"iter": 3, "best": np.float64(0.7)},
+        "message_hub": {"log_scalars": {"loss": logging.HistoryBuffer([1.0, 2.0], [1, 1])}},
+        "state_dict": source.state_dict(),
+    }
+    ak.load_checkpoint(target, save(content, tmp_path / "iter_3.pth"))
+    assert_same(target.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize("dialect", ["mmseg", "mendelxu", "paddleseg"])
+def test_a_network_is_made_from_a_checkpoint_of_every_dialect(dialect, tmp_path):
+    source = net(classes=7)
+    state = without(ak.to_dialect(source.state_dict(), dialect), "backbone.")
+    if dialect == "paddleseg":
+        file = save_paddle({key: x.numpy() for key, x in state.items()}, tmp_path / "net.pdparams")
+    else:
+        file = save({"state_dict": state}, tmp_path / "net.pth")
+    made = ak.ANNNet.from_checkpoint(file, backbone=source.backbone, dropout=0.0)
+    assert made.cls.out_channels == 7
+    assert made.dsn is not None
+    assert {key.partition(".")[0] for key in made.checkpoint_report.initialised} == {"backbone"}
+    x = torch.randn(2, 3, 65, 49)
+    torch.testing.assert_close(made.eval()(x), source.eval()(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"backbone\..*the file's backbone is another.*would stay as initialised"):
+        ak.ANNNet.from_checkpoint(file, backbone=TinyBackbone(), strict=True)
+
+
+def test_an_auxiliary_head_of_another_width_is_left_out(tmp_path):
+    source = net()
+    state = changed(
+        ak.to_dialect(source.state_dict(), "mmseg"),
+        auxiliary_head__convs__0__conv__weight=torch.ones(3, 8, 3, 3),
+        auxiliary_head__convs__0__bn__weight=torch.ones(3),
+        auxiliary_head__convs__0__bn__bias=torch.ones(3),
+        auxiliary_head__convs__0__bn__running_mean=torch.ones(3),
+        auxiliary_head__convs__0__bn__running_var=torch.ones(3),
+        auxiliary_head__conv_seg__weight=torch.ones(4, 3, 1, 1),
+    )
+    file = save({"state_dict": state}, tmp_path / "net.pth")
+    made = ak.ANNNet.from_checkpoint(file, backbone=TinyBackbone())
+    assert made.dsn is None
+    assert "auxiliary_head.conv_seg.weight" in made.checkpoint_report.unused
+    target = net()
+    check = unchanged(target.dsn)
+    report = ak.load_checkpoint(target, file)
+    check()
+    assert {key for key in report.initialised if key.startswith("dsn")} == {f"dsn.{k}" for k in target.dsn.state_dict()}
+    assert "auxiliary_head.convs.0.conv.weight has (3, 8, 3, 3)" in str(report)
+
+
+def test_a_backbone_is_loaded_only_if_it_is_torchvisions(tmp_path):
+    pytest.importorskip("torchvision", reason="needs torchvision's ResNet")
+    source = ak.ANNNet(3, channels=8, key_channels=4, value_channels=4)
+    state = {f"module.{key}": x for key, x in randomised(source).state_dict().items()}
+    made = ak.ANNNet.from_checkpoint(save(state, tmp_path / "ours.pth"), strict=True)
+    assert_same(made.state_dict(), source.state_dict())
+    foreign = {key.replace("conv1.weight", "prefix.conv1.weight"): x for key, x in source.state_dict().items()}
+    file = save(foreign, tmp_path / "theirs.pth")
+    made = ak.ANNNet.from_checkpoint(file)
+    assert len(made.checkpoint_report.initialised) == len(made.backbone.state_dict())
+    assert "kept as initialised: backbone.bn1.bias, " in str(made.checkpoint_report)
+    with pytest.raises(ValueError, match=r"backbone\.bn1\.bias.*would stay as initialised"):
+        ak.ANNNet.from_checkpoint(file, strict=True)
+    deep = {key.replace("layer3.5.", "layer3.22."): x for key, x in source.state_dict().items()}
+    assert len(ak.ANNNet.from_checkpoint(save(deep, tmp_path / "deep.pth")).backbone.layer3) == 23
+
+
+def test_from_checkpoint_names_what_tells_no_width(tmp_path):
+    file = save(changed(net().state_dict(), cls__weight=None), tmp_path / "net.pth")
+    with pytest.raises(ValueError, match=r"path: the file has no cls\.weight"):
+        ak.ANNNet.from_checkpoint(file)
+    with pytest.raises(ValueError, match="path: expected the weights of a whole head, got those of a single block"):
+        ak.ANNNet.from_checkpoint(save(ak.APNB(6, 6, 5, 5).state_dict(), tmp_path / "block.pth"))
+
+
+def test_checkpoints_undo_a_fold_and_load_into_replaced_blocks(tmp_path):
+    source, target = (randomised(published.APNB(6, 6, 5, 5, 0.0)).eval() for _ in range(2))
+    assert ak.replace_blocks(target).replaced
+    ak.fold_for_inference(target)
+    x = torch.randn(2, 6, 9, 8)
+    with torch.no_grad():
+        target(x)
+        ak.load_checkpoint(target, save(source.state_dict(), tmp_path / "block.pth"))
+        torch.testing.assert_close(target(x), source(x), rtol=1e-4, atol=1e-4)
+
+
+def test_random_start_is_no_hidden_agreement():
+    """The rule of these tests: what they load differs from what was there."""
+    one, other = net().state_dict(), net().state_dict()
+    assert not any(torch.equal(one[key], other[key]) for key in one if not key.endswith("num_batches_tracked"))
