@@ -7,9 +7,8 @@ serve checkpoints only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -43,10 +42,28 @@ class BlockNames:
     unused: tuple[str, ...] = ()
     """Modules that the published forward never calls."""
 
+    _hallmarks: Sequence[_Path] = field(init=False, repr=False)
+    _leaves: Sequence[_Path] = field(init=False, repr=False)
+    """Where convolution, norm and activation of key and query are, value and output projection."""
+    _containers: Sequence[_Path] = field(init=False, repr=False)
+    """The modules around the leaves whose forward only calls others, the pooling first; the collapse skips them."""
+
+    def __post_init__(self) -> None:
+        """Paths are made here and not at the first call, which may be one that ``torch.compile`` traces."""
+        roles = (self.slots[slot].removesuffix(".0").removesuffix(".conv") for slot in ("key.conv", "query.conv"))
+        hallmarks = [_path(name) for name in (*roles, self.slots["value"], self.slots["out"])]
+        projections = (f"{role}.{part}" for role in ("key", "query") for part in ("conv", "norm", "activation"))
+        leaves = [_path(self.slots[slot]) for slot in (*projections, "value", "out") if slot in self.slots]
+        pools = _path(self.pools)
+        around = {path[:end] for path in (*leaves, pools) for end in range(1, len(path))}
+        object.__setattr__(self, "_hallmarks", hallmarks)
+        object.__setattr__(self, "_leaves", leaves)
+        object.__setattr__(self, "_containers", [pools, *sorted(around - {pools, ("stages",)})])
+
     def matches(self, block: nn.Module) -> bool:
         """Whether ``block`` has the modules by which this kind of block is recognised."""
         try:
-            pools = _at(block, tuple(self.pools.split(".")))
+            pools = _at(block, _path(self.pools))
             for path in self._hallmarks:
                 _at(block, path)
         except AttributeError:
@@ -79,23 +96,9 @@ class BlockNames:
             containers=containers,
         )
 
-    @cached_property
-    def _hallmarks(self) -> list[_Path]:
-        key, query = (self.slots[slot].removesuffix(".0").removesuffix(".conv") for slot in ("key.conv", "query.conv"))
-        return [tuple(path.split(".")) for path in (key, query, self.slots["value"], self.slots["out"])]
 
-    @cached_property
-    def _leaves(self) -> list[_Path]:
-        """Where convolution, norm and activation of key and query are, value and output projection."""
-        projections = (f"{role}.{part}" for role in ("key", "query") for part in ("conv", "norm", "activation"))
-        return [tuple(self.slots[slot].split(".")) for slot in (*projections, "value", "out")]
-
-    @cached_property
-    def _containers(self) -> list[_Path]:
-        """The modules around the leaves whose forward only calls others, the pooling first; the collapse skips them."""
-        pools = tuple(self.pools.split("."))
-        around = {path[:end] for path in (*self._leaves, pools) for end in range(1, len(path))}
-        return [pools, *sorted(around - {pools, ("stages",)})]
+def _path(name: str) -> _Path:
+    return tuple(name.split("."))
 
 
 def _at(module: nn.Module, path: _Path) -> Any:

@@ -172,6 +172,17 @@ def test_opcheck_of_the_backward(layout, needs):
     torch.library.opcheck(torch.ops.annnet.asymmetric_attention_bwd.default, arguments)
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_opcheck_of_the_steps(layout):
+    y, addend, grad = (random_map((2, c, 4, 3), torch.float32, layout) for c in (5, 6, 6))
+    key, value, norm = torch.randn(2, 5, 7), torch.randn(2, 6, 7), torch.rand(4, 5).unbind()
+    ops = torch.ops.annnet
+    torch.library.opcheck(ops.asymmetric_attention_bn_relu.default, (y, *norm, key, value, addend, 0.7))
+    torch.library.opcheck(ops.asymmetric_attention_bn_relu_.default, (y, *norm, key, value, addend, 0.7))
+    arguments = (grad, y, *norm, key, value, torch.randn(2, 12), 0.7, [True, False, True], None)
+    torch.library.opcheck(ops.asymmetric_attention_bn_relu_bwd.default, arguments)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole(dynamic):
     def loss(query, key, value):

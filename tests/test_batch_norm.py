@@ -263,6 +263,7 @@ def test_opcheck():
         operands = (y, *torch.rand(4, 4).unbind(), torch.rand(2, 4), True)
         torch.library.opcheck(ops.batch_norm_statistics.default, (y,))
         torch.library.opcheck(ops.batch_norm_apply.default, operands)
+        torch.library.opcheck(ops.batch_norm_apply_.default, operands)
         torch.library.opcheck(ops.batch_norm_bwd_sums.default, (grad, *operands, None))
         torch.library.opcheck(ops.batch_norm_bwd_input.default, (grad, *operands, torch.rand(2, 4), None))
 

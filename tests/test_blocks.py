@@ -300,6 +300,18 @@ def test_compiles_as_one_graph_for_every_size(kind):
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize(("kind", "training"), [("AFNB", False), ("APNB", True)])
+def test_compiles_without_gradients(kind, training):
+    """By inductor, which must see that some operators write in place; in training it moves the running statistics."""
+    torch._dynamo.reset()
+    fused, _ = build(kind)
+    fused.train(training)
+    twin, maps = copy.deepcopy(fused), draw_maps(kind)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(fused, fullgraph=True)(*maps), twin(*maps))
+    torch.testing.assert_close(dict(fused.named_buffers()), dict(twin.named_buffers()))
+
+
 def hook(block):
     block.stages[0].f_value.register_forward_hook(lambda module, args, out: out * 2)
 
