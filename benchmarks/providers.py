@@ -107,7 +107,7 @@ def _mask_pool(case: Case) -> nn.Module:
     return module
 
 
-def _reference_pool(x: Tensor) -> Tensor:
+def plain_pool(x: Tensor) -> Tensor:
     return reference.pyramid_pool(x, POOL_SIZES, POOL_SIZES)
 
 
@@ -250,9 +250,9 @@ def _function(function: Callable[..., Tensor]) -> Callable[[Case], nn.Module]:
 
 _POOL = (
     Provider(OURS, _function(ak.pyramid_pool)),
-    Provider(PLAIN, _function(_reference_pool)),
-    Provider("plain compiled", _function(_reference_pool), compile="default"),
-    Provider("plain max-autotune", _function(_reference_pool), compile=_MAX_AUTOTUNE, effort="full"),
+    Provider(PLAIN, _function(plain_pool)),
+    Provider("plain compiled", _function(plain_pool), compile="default"),
+    Provider("plain max-autotune", _function(plain_pool), compile=_MAX_AUTOTUNE, effort="full"),
     Provider("mask product", _mask_pool),
     Provider("copy", _function(Tensor.clone), COPY),
 )

@@ -20,7 +20,19 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import annnet_kernels as ak
-from benchmarks import __main__ as command, cases, compare, counting, gpu, measure, providers, report, results, verify
+from benchmarks import (
+    __main__ as command,
+    accuracy,
+    cases,
+    compare,
+    counting,
+    gpu,
+    measure,
+    providers,
+    report,
+    results,
+    verify,
+)
 from benchmarks.features import find_pictures
 from benchmarks.problem import Contestant, Problem
 from benchmarks.runner import FAILED, NO_TIME, OK, OUT_OF_MEMORY, WRONG, CaseRun, Options, Pace
@@ -529,6 +541,22 @@ class TestCases:
             for case in cases.select(["quick"], [subject]):
                 present = {p.name for p in providers.providers(case, "quick")}
                 assert {OURS, PLAIN, "plain compiled", "SDPA on pooled keys", providers.NAIVE} <= present
+
+
+class TestAccuracy:
+    def test_a_wrong_operator_is_beyond_the_rule(self, monkeypatch, capsys):
+        right = accuracy.ROWS[-1]
+        biased = right._replace(ours=lambda x: right.ours(x) * 1.001)
+        for row, code in ((right, 0), (biased, 1)):
+            monkeypatch.setattr(accuracy, "ROWS", (row,))
+            assert accuracy.run(CPU, 5, Console()) == code
+            assert ("BEYOND" in capsys.readouterr().out) == bool(code)
+
+    def test_the_shapes_that_are_promised_are_there(self):
+        attention = [row.shapes for row in accuracy.ROWS if len(row.shapes) == 3]
+        channels = {shape[0][1] for shape in attention} | {shape[2][1] for shape in attention}
+        assert {19, 48, 80, 96, 256, 512, 2048} <= channels
+        assert {1, 110, 1024} <= {shape[1][2] for shape in attention}
 
 
 def run_command(*arguments, module="benchmarks"):
