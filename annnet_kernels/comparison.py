@@ -60,8 +60,7 @@ def _undisturbed() -> Iterator[None]:
     try:
         with (
             torch.random.fork_rng(devices=[]),
-            torch.inference_mode(False),
-            torch.enable_grad(),
+            torch.inference_mode(False),  # enables gradients, too
             torch.autocast("cpu", enabled=False),
         ):
             yield

@@ -104,7 +104,7 @@ def fingerprint(function: Callable[..., Any]) -> str | None:
     try:
         lines, first = inspect.findsource(function)
         module = ast.parse("".join(lines))
-    except (OSError, TypeError, SyntaxError):
+    except (OSError, TypeError, ValueError, SyntaxError):
         return None
     definition = next((n for n in ast.walk(module) if isinstance(n, ast.FunctionDef) and n.lineno == first + 1), None)
     if definition is None or definition.decorator_list or function.__closure__:

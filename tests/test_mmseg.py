@@ -109,6 +109,15 @@ def test_what_cannot_be_fused_is_left_alone_or_refused_with_its_reason(name):
     assert reason in str(error.value)
 
 
+@pytest.mark.parametrize("bottleneck", [None, torch.nn.Identity()], ids=["none", "empty"])
+def test_a_block_without_its_bottleneck_is_left_alone(bottleneck):
+    head = build_head()
+    head.fusion.bottleneck = bottleneck
+    report = ak.replace_blocks(head)
+    assert list(report.replaced) == ["context"]
+    assert "not built as expected" in report.skipped["fusion"]
+
+
 def test_other_activations_and_pool_sizes_are_replaced():
     head = build_head(act_cfg={"type": "LeakyReLU"}, key_pool_scales=(1, 2))
     twin, maps = copy.deepcopy(head), features()
