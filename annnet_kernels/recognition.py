@@ -107,7 +107,7 @@ def fingerprint(function: Callable[..., Any]) -> str | None:
     except (OSError, TypeError, ValueError, SyntaxError):
         return None
     definition = next((n for n in ast.walk(module) if isinstance(n, ast.FunctionDef) and n.lineno == first + 1), None)
-    if definition is None or definition.decorator_list or function.__closure__:
+    if definition is None or function.__closure__:  # what is decorated does not begin at its definition
         return None
     if not (_is_compiled_from(function.__code__, module) and _reads_only_pytorch(function, definition)):
         return None
