@@ -3,21 +3,29 @@
     python setup.py build_ext --inplace           for running from the checkout
     pip install --no-build-isolation .            for installing
 
-| environment        | effect                                              |
-| ANNNET_NATIVE=0    | no extension                                        |
-| ANNNET_DEBUG=1     | -O0 -g instead of -O3                               |
-| CXX, MAX_JOBS      | compiler and parallel jobs, as everywhere in PyTorch |
+| environment          | effect                                                                                  |
+| ANNNET_NATIVE=0      | no extension                                                                            |
+| ANNNET_CUDA=0        | no CUDA part                                                                            |
+| ANNNET_DEBUG=1       | -O0 -g instead of -O3                                                                   |
+| CXX, MAX_JOBS        | compiler and parallel jobs, as everywhere in PyTorch                                    |
+| CUDA_HOME            | toolkit, instead of that of the nvcc on the PATH                                        |
+| TORCH_CUDA_ARCH_LIST | GPU architectures, instead of the visible GPUs' own or, without any, the usual ones     |
 
 The extension needs the very torch that will load it, so torch is no build requirement: under pip's build isolation,
 which would fetch another torch, the extension is left out. Whatever is left out costs speed only, and one line says so.
 """
 
+import copy
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
+import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -30,11 +38,18 @@ except ImportError:
 
 NAME = "annnet_kernels._C"
 COMMAND = "pip install --no-build-isolation ."
+CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
 
 def leave_out(what: str, reason: str) -> None:
     """The one line about a part that is not built."""
     print(f"annnet_kernels: {what} left out: {reason}; for a build with it: {COMMAND}", file=sys.stderr)
+
+
+def first_line(text: str, mark: str = "") -> str:
+    """The first line of a tool's complaint, if any holds ``mark`` the first of those."""
+    lines = text.strip().splitlines() or ["no message"]
+    return next((line for line in lines if mark in line), lines[0]).strip()
 
 
 def compiler_problem() -> str | None:
@@ -48,8 +63,81 @@ def compiler_problem() -> str | None:
         return f"no C++ compiler ({error})"
     if probe.returncode == 0:
         return None
-    complaint = (probe.stderr.strip().splitlines() or ["no message"])[0]
-    return f"the C++ compiler {compiler} does not compile Python.h ({complaint})"
+    return f"the C++ compiler {compiler} does not compile Python.h ({first_line(probe.stderr)})"
+
+
+class Missing(Exception):
+    """Why the CUDA part cannot be built."""
+
+
+class CudaPart(NamedTuple):
+    """What the CUDA part adds to the extension: compiled kernels, headers for their host code, and the targets."""
+
+    kernels: Path
+    include: Path
+    targets: list[str]
+
+
+def ask(*command: str) -> str:
+    """What a tool prints."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise Missing(str(error)) from error
+    if done.returncode != 0:
+        raise Missing(f"{command[0]} failed ({first_line(done.stderr + done.stdout, 'error')})")
+    return done.stdout + done.stderr
+
+
+def find_toolkit() -> tuple[str, Path]:
+    """nvcc and the root of its toolkit. nvcc is asked for it: what is on the PATH may be a link or a script."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None:
+        raise Missing(f"no nvcc in {home}/bin" if home else "no nvcc on the PATH")
+    top = re.search(r"^#\$ TOP=(.+)$", ask(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull), re.M)
+    root = Path(top[1].strip() if top else Path(nvcc).resolve().parent.parent).resolve()
+    release = re.search(r"release (\d+)\.", ask(nvcc, "--version"))
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        raise Missing(f"{nvcc} is of CUDA {release[1] if release else '?'}, torch was built for {torch.version.cuda}")
+    if not (root / "include" / "cuda_runtime_api.h").exists():
+        raise Missing(f"the toolkit {root} has no include/cuda_runtime_api.h")
+    return nvcc, root
+
+
+def cuda_targets(nvcc: str) -> list[str]:
+    """nvcc's flags for the architectures: machine code of each, and PTX of the last for GPUs to come."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return cpp_extension._get_cuda_arch_flags()
+    known = {int(number) for number in re.findall(r"compute_(\d+)\b", ask(nvcc, "--list-gpu-arch"))}
+    visible = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    own = {10 * major + minor for major, minor in map(torch.cuda.get_device_capability, visible)}
+    chosen = sorted(known & (own or {*CUDA_ARCHITECTURES}))
+    if not chosen:
+        raise Missing(f"{nvcc} knows none of the architectures {', '.join(f'sm_{n}' for n in sorted(own))}")
+    return [f"-gencode=arch=compute_{n},code=sm_{n}" for n in chosen] + [
+        f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"
+    ]
+
+
+def compile_cuda(folder: Path) -> CudaPart | None:
+    """The CUDA part, compiled into ``folder`` unless it lies there; None if it is not wanted.
+
+    nvcc is called here and not by PyTorch, which would give up the whole extension where it fails.
+    """
+    if os.environ.get("ANNNET_CUDA") == "0" or torch.version.cuda is None:
+        return None
+    nvcc, root = find_toolkit()
+    targets = cuda_targets(nvcc)
+    optimise = ["-O0", "-g"] if os.environ.get("ANNNET_DEBUG") == "1" else ["-O3"]
+    host = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
+    command = [nvcc, "-std=c++17", *optimise, *host, "-Xcompiler=-fPIC", "--threads=0", *targets]
+    kernels = folder.resolve() / f"cuda_{zlib.crc32(' '.join(command).encode()):08x}.o"
+    newest = max(source.stat().st_mtime for source in Path("csrc").rglob("*") if source.suffix in (".cu", ".h"))
+    if not kernels.exists() or kernels.stat().st_mtime < newest:
+        folder.mkdir(parents=True, exist_ok=True)
+        ask(*command, "-c", "csrc/cuda/pyramid_pool.cu", "-o", str(kernels))
+    return CudaPart(kernels, root / "include", re.findall(r",code=(\w+)", " ".join(targets)))
 
 
 def cpu_extension() -> Extension:
@@ -68,6 +156,15 @@ def cpu_extension() -> Extension:
     )
 
 
+def add_cuda(extension: Extension, part: CudaPart) -> None:
+    """The commands of the CPU part stay the same, hence CPATH: a second attempt without CUDA compiles nothing twice.
+    libcudart is not named at link time: the one that libc10_cuda is linked to serves."""
+    os.environ["CPATH"] = os.pathsep.join(filter(None, [str(part.include), os.environ.get("CPATH")]))
+    extension.sources = [*extension.sources, *map(str, sorted(Path("csrc/cuda").glob("*.cpp")))]
+    extension.extra_objects = [str(part.kernels)]
+    extension.libraries = [*extension.libraries, "c10_cuda"]
+
+
 class LeaveOut(build_ext):
     """Builds nothing and says so."""
 
@@ -80,26 +177,49 @@ if torch is None:
 else:
 
     class Build(cpp_extension.BuildExtension.with_options(use_ninja=cpp_extension.is_ninja_available())):
-        """Builds the extension, if it can, with the record of the torch it was built for."""
+        """Builds the extension, if it can, with a record of the torch and the GPUs that it was built for."""
 
         def run(self) -> None:
             if not self.extensions:
                 return
             problem = compiler_problem()
             if problem is None:
-                try:
-                    super().run()
-                except Exception as error:
-                    problem = f"the build failed ({str(error).strip().splitlines()[0]})"
+                problem = self.build_with(self.cuda_part())
             if problem is not None:
                 leave_out("the C++ extension", problem)
-                return
-            library = Path(self.get_ext_fullpath(NAME))
-            library.with_suffix(".json").write_text(json.dumps({"torch": torch.__version__}) + "\n")
+
+        def cuda_part(self) -> CudaPart | None:
+            try:
+                return compile_cuda(Path(self.build_temp))
+            except Missing as reason:
+                leave_out("the CUDA part", str(reason))
+                return None
+
+        def build_with(self, cuda: CudaPart | None) -> str | None:
+            """Build, and without the CUDA part if that is in the way; why it failed, None if it did not."""
+            (extension,) = self.extensions
+            before = self.compiler, copy.deepcopy(vars(extension))
+            extension.optional = False  # where failures are reported here, setuptools must not swallow them
+            if cuda is not None:
+                add_cuda(extension, cuda)
+            try:
+                super().run()
+            except Exception as error:
+                self.compiler = before[0]
+                vars(extension).update(before[1])
+                problem = f"the build failed ({first_line(str(error))})"
+                if cuda is None:
+                    return problem
+                leave_out("the CUDA part", problem)
+                return self.build_with(None)
+            record = {"torch": torch.__version__, "cuda": cuda.targets if cuda else []}
+            Path(self.get_ext_fullpath(NAME)).with_suffix(".json").write_text(json.dumps(record) + "\n")
+            return None
 
     extensions, command = [cpu_extension()], Build
 
 if os.environ.get("ANNNET_NATIVE") == "0":
     extensions = []
 
-setup(ext_modules=extensions, cmdclass={"build_ext": command})
+if __name__ == "__main__":
+    setup(ext_modules=extensions, cmdclass={"build_ext": command})

@@ -1,6 +1,7 @@
 """Which implementation serves an operator: the request, the reasons against it, the choice, the record of what ran.
 
-The device chooses: CUDA tensors go to Triton, CPU tensors to the C++ extension, all else to plain PyTorch.
+The device chooses: CUDA tensors go to Triton, or where it does not serve them to the extension's CUDA part, CPU tensors
+to the extension, all else to plain PyTorch. Triton comes first as long as neither has been measured.
 ``use_backend`` (or the environment variable ``ANNNET_BACKEND``) overrides that, and a request that cannot run raises.
 """
 
@@ -122,6 +123,10 @@ def _capability(device_index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device_index)
 
 
+def _capability_of(device: torch.device) -> tuple[int, int]:
+    return _capability(device.index if device.index is not None else torch.cuda.current_device())
+
+
 def why_not(
     backend: str, operator: str, device: torch.device, dtype: torch.dtype, *, has_triton: bool = True
 ) -> str | None:
@@ -132,7 +137,7 @@ def why_not(
     if backend == "reference":
         return None
     if backend == "native":
-        return native.why_not(device.type, operator)
+        return native.why_not(device.type, operator, _capability_of(device) if device.type == "cuda" else None)
     if not has_triton:
         return f"there are no Triton kernels for {operator} yet"
     if not _has_triton():
@@ -141,9 +146,9 @@ def why_not(
         found, needed = (".".join(map(str, version)) for version in (_triton_version(), MIN_TRITON_VERSION))
         return f"the kernels need Triton {needed} or newer, this is {found}"
     if dtype == torch.float64:
-        return "the Triton kernels accumulate in float32; float64 is served by the reference"
+        return "the Triton kernels accumulate in float32, not in float64"
     if device.type == "cuda":
-        capability = _capability(device.index if device.index is not None else torch.cuda.current_device())
+        capability = _capability_of(device)
         if capability < MIN_TRITON_CAPABILITY:
             return f"Triton serves compute capability 8.0 and newer, this GPU has {capability[0]}.{capability[1]}"
         return None

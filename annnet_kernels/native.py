@@ -1,7 +1,7 @@
 """The C++ extension ``annnet_kernels._C``: loaded once, or the reason why not.
 
-``setup.py`` writes a record beside the library that names the torch it was built for. It is read before the library
-is opened, since a library built for another torch would fail with undefined symbols.
+``setup.py`` writes a record beside the library that names the torch and the GPU architectures it was built for. It is
+read before the library is opened, since a library built for another torch would fail with undefined symbols.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def _load() -> str | None:
         return f"the C++ extension is not built ({_BUILD_COMMAND})"
     record = library.with_suffix(".json")
     try:
-        built_for = json.loads(record.read_text())["torch"]
+        entries = json.loads(record.read_text())
+        built_for = entries["torch"]
+        _cuda_targets.extend(entries.get("cuda", []))
     except (OSError, ValueError, KeyError) as error:
         reason = f"the C++ extension has no readable build record {record.name} ({error}); rebuild it: {_BUILD_COMMAND}"
     else:
@@ -48,18 +50,38 @@ def _load() -> str | None:
     return reason
 
 
+_cuda_targets: list[str] = []
 _load_failure = _load()
 
 
-def why_not(device_type: str, operator: str | None = None) -> str | None:
-    """Why the extension cannot serve tensors on this type of device, or this operator on them; None if it can."""
+def why_not(device_type: str, operator: str | None = None, capability: tuple[int, int] | None = None) -> str | None:
+    """Why the extension cannot serve tensors on this type of device, or this operator on them; None if it can.
+
+    Args:
+        capability: of the CUDA device.
+    """
     if _load_failure is not None:
         return _load_failure
     if device_type not in _parts():
         return f"the extension was built without kernels for {device_type} tensors"
     if operator is not None and not _has_kernel(operator, device_type.upper()):
         return f"the extension has no {operator} for {device_type} tensors"
+    if capability is not None and not any(_serves(target, capability) for target in _cuda_targets):
+        return (
+            f"the extension was built for {', '.join(_cuda_targets)}, this GPU has compute capability "
+            f"{capability[0]}.{capability[1]}; rebuild it: {_BUILD_COMMAND}"
+        )
     return None
+
+
+def _serves(target: str, capability: tuple[int, int]) -> bool:
+    """Whether code for ``target`` runs: machine code on its own generation from its model on, PTX on all later ones."""
+    kind, _, number = target.partition("_")
+    digits = number.rstrip("af")
+    built_for = int(digits[:-1]), int(digits[-1])
+    if digits != number:  # with features that no other model has
+        return built_for == capability
+    return built_for <= capability and (kind == "compute" or built_for[0] == capability[0])
 
 
 @cache

@@ -113,7 +113,10 @@ def _installed(package: str) -> str | None:
 
 def _extension() -> str:
     reason = native.why_not("cpu")
-    return f"loaded, CPU level {native.cpu_level()}" if reason is None else reason
+    if reason is not None:
+        return reason
+    cuda = "without a CUDA part" if native.why_not("cuda") else "with a CUDA part"
+    return f"loaded, CPU level {native.cpu_level()}, {cuda}"
 
 
 def device_name(device: torch.device) -> str:

@@ -42,6 +42,7 @@ class Provider:
         effort: in which selections it runs: "quick", "standard" or "full", each including the ones before it.
         statistics: whether it promises the published running statistics (the shared projection of APNB counts twice).
         folded: whether weights are folded once they are loaded; such a provider runs in evaluation only.
+        gpu: whether it runs in the cases for a GPU only.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Provider:
     effort: str = "quick"
     statistics: bool = True
     folded: bool = False
+    gpu: bool = False
 
 
 class _Function(nn.Module):
@@ -250,6 +252,7 @@ def _function(function: Callable[..., Tensor]) -> Callable[[Case], nn.Module]:
 
 _POOL = (
     Provider(OURS, _function(ak.pyramid_pool)),
+    Provider("ours, CUDA C++", _function(ak.pyramid_pool), backend="native", gpu=True),
     Provider(PLAIN, _function(plain_pool)),
     Provider("plain compiled", _function(plain_pool), compile="default"),
     Provider("plain max-autotune", _function(plain_pool), compile=_MAX_AUTOTUNE, effort="full"),
@@ -323,7 +326,8 @@ def left_out(case: Case, effort: str) -> list[str]:
 
 
 def _in_mode(case: Case) -> list[Provider]:
-    return [p for p in _BY_SUBJECT[case.subject] if not (p.folded and case.training)]
+    on_gpu = any(tag.startswith("gpu-") for tag in case.tags)
+    return [p for p in _BY_SUBJECT[case.subject] if not (p.folded and case.training) and (on_gpu or not p.gpu)]
 
 
 def template(case: Case) -> nn.Module | None:

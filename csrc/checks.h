@@ -4,6 +4,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "pyramid_geometry.h"
+
 #define ANNNET_CHECK_RANK(x, rank) \
   TORCH_CHECK_VALUE((x).dim() == (rank), #x ": expected ", rank, " dimensions, got shape ", (x).sizes())
 
@@ -23,3 +25,19 @@
 
 #define ANNNET_CHECK_DTYPE(x, expected) \
   TORCH_CHECK_TYPE((x).scalar_type() == (expected), #x ": expected dtype ", expected, ", got ", (x).scalar_type())
+
+namespace annnet {
+
+// (B, C, T) tokens of a pyramid.
+inline void check_tokens(const at::Tensor& tokens, at::IntArrayRef heights, at::IntArrayRef widths, int64_t batch,
+                         int64_t channels) {
+  TORCH_CHECK_VALUE(heights.size() == widths.size() && !heights.empty(),
+                    "heights and widths: expected one of each per level and at least one level, got ", heights, " and ",
+                    widths);
+  for (const int64_t size : heights) TORCH_CHECK_VALUE(size > 0, "heights: expected positive sizes, got ", heights);
+  for (const int64_t size : widths) TORCH_CHECK_VALUE(size > 0, "widths: expected positive sizes, got ", widths);
+  const int64_t count = level_offset(heights.data(), widths.data(), static_cast<int64_t>(heights.size()));
+  ANNNET_CHECK_SHAPE(tokens, batch, channels, count);
+}
+
+}  // namespace annnet

@@ -1,8 +1,10 @@
 // annnet_kernels._C: the index of the native operators.
 //
 // Each operator fills outputs that Python has allocated (annnet_kernels/ops/registration.py), so no schema returns
-// anything. The implementations are registered by device key beside their code, in cpu/<operator>.cpp.
+// anything. The implementations are registered by device key beside their code, in cpu/<operator>.cpp
+// and cuda/<operator>.cpp. A library without the CUDA part is the same without the files of cuda/.
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <Python.h>
 #include <torch/library.h>
 
@@ -61,11 +63,9 @@ PyObject* cpu_levels(PyObject*, PyObject*) {
 }
 
 PyObject* parts(PyObject*, PyObject*) {
-#ifdef ANNNET_WITH_CUDA
-  return Py_BuildValue("(ss)", "cpu", "cuda");
-#else
-  return Py_BuildValue("(s)", "cpu");
-#endif
+  const auto pooling = c10::Dispatcher::singleton().findSchemaOrThrow("annnet_native::pyramid_pool", "");
+  return pooling.hasKernelForDispatchKey(c10::DispatchKey::CUDA) ? Py_BuildValue("(ss)", "cpu", "cuda")
+                                                                 : Py_BuildValue("(s)", "cpu");
 }
 
 PyObject* bin_edges(PyObject*, PyObject* args) {

@@ -21,6 +21,15 @@ ANNNET_HOST_DEVICE inline int64_t bin_end(int64_t index, int64_t length, int64_t
   return ((index + 1) * length + bins - 1) / bins;
 }
 
+// The bins that hold a pixel are first_holder … last_holder - 1.
+ANNNET_HOST_DEVICE inline int64_t first_holder(int64_t pixel, int64_t length, int64_t bins) {
+  return pixel * bins / length;
+}
+
+ANNNET_HOST_DEVICE inline int64_t last_holder(int64_t pixel, int64_t length, int64_t bins) {
+  return ((pixel + 1) * bins + length - 1) / length;
+}
+
 // Tokens of the levels 0 … levels - 1: the first token of level `levels`, or T if there are no more.
 ANNNET_HOST_DEVICE inline int64_t level_offset(const int64_t* heights, const int64_t* widths, int64_t levels) {
   int64_t tokens = 0;

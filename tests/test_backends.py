@@ -157,6 +157,41 @@ def test_reasons_against_the_extension():
     assert "without kernels for mps" in backends.why_not("native", "pyramid_pool", torch.device("mps"), float32)
 
 
+def test_the_cuda_part_serves_what_triton_does_not(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(native, "_load_failure", None)
+    monkeypatch.setattr(native, "_parts", lambda: ("cpu", "cuda"))
+    monkeypatch.setattr(native, "_has_kernel", lambda operator, key: operator == "pyramid_pool" and key == "CUDA")
+    monkeypatch.setattr(native, "_cuda_targets", ["sm_80", "sm_90", "compute_90"])
+    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+    monkeypatch.setattr(backends, "_capability", lambda index: (9, 0))
+    choose = backends.choose_backend
+    assert choose("pyramid_pool", cuda, torch.float32, None) == "triton"
+    assert choose("pyramid_pool", cuda, torch.float32, "native") == "native"
+    assert choose("pyramid_pool", cuda, torch.float64, None) == "native"
+    assert choose("asymmetric_attention", cuda, torch.float64, None) == "reference"
+    with pytest.raises(RuntimeError, match="the extension has no asymmetric_attention for cuda tensors"):
+        choose("asymmetric_attention", cuda, torch.float64, "native")
+    monkeypatch.setattr(backends, "_has_triton", lambda: False)
+    assert choose("pyramid_pool", cuda, torch.float32, None) == "native"
+    monkeypatch.setattr(backends, "_capability", lambda index: (7, 5))
+    assert choose("pyramid_pool", cuda, torch.float32, None) == "reference"
+    with pytest.raises(RuntimeError, match=r"built for sm_80, sm_90, compute_90, this GPU has compute capability 7.5"):
+        choose("pyramid_pool", cuda, torch.float32, "native")
+
+
+def test_which_gpus_a_target_serves():
+    capabilities = [(7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (10, 3), (12, 0)]
+    for target, served in {
+        "sm_80": [(8, 0), (8, 6)],
+        "sm_86": [(8, 6)],
+        "sm_100": [(10, 0), (10, 3)],
+        "compute_90": [(9, 0), (10, 0), (10, 3), (12, 0)],
+        "sm_90a": [(9, 0)],
+    }.items():
+        assert [c for c in capabilities if native._serves(target, c)] == served, target
+
+
 def test_a_fallback_is_logged_with_its_reason(monkeypatch, caplog):
     monkeypatch.setattr(native, "_load_failure", "the C++ extension is not built")
     with caplog.at_level("DEBUG", logger="annnet_kernels"):

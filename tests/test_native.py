@@ -105,11 +105,15 @@ def test_a_library_that_does_not_load_is_a_warning(tmp_path: Path) -> None:
 
 
 @built
-def test_the_record_names_this_torch() -> None:
+def test_the_record_names_this_torch_and_what_is_in_the_library() -> None:
     import torch
 
-    (record,) = PACKAGE.glob("_C.*.json")
-    assert json.loads(record.read_text()) == {"torch": torch.__version__}
+    from annnet_kernels import _C
+
+    (file,) = PACKAGE.glob("_C.*.json")
+    record = json.loads(file.read_text())
+    assert record["torch"] == torch.__version__
+    assert _C.parts() == (("cpu", "cuda") if record["cuda"] else ("cpu",))
 
 
 @built

@@ -9,7 +9,6 @@
 #include <utility>
 
 #include "../checks.h"
-#include "../pyramid_geometry.h"
 #include "levels.h"
 #include "pyramid_plan.h"
 #include "tensors.h"
@@ -51,17 +50,6 @@ inline PoolMap map_of(const at::Tensor& x, Lines lines) {
 
 inline PoolTokens tokens_of(const at::Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-inline void check_tokens(const at::Tensor& tokens, at::IntArrayRef heights, at::IntArrayRef widths, int64_t batch,
-                         int64_t channels) {
-  TORCH_CHECK_VALUE(heights.size() == widths.size() && !heights.empty(),
-                    "heights and widths: expected one of each per ", "level and at least one level, got ", heights,
-                    " and ", widths);
-  for (const int64_t size : heights) TORCH_CHECK_VALUE(size > 0, "heights: expected positive sizes, got ", heights);
-  for (const int64_t size : widths) TORCH_CHECK_VALUE(size > 0, "widths: expected positive sizes, got ", widths);
-  const int64_t count = level_offset(heights.data(), widths.data(), static_cast<int64_t>(heights.size()));
-  ANNNET_CHECK_SHAPE(tokens, batch, channels, count);
 }
 
 // The vectors of a BatchNorm ahead of a ReLU, one element per channel, in the accumulator type of the map.
