@@ -36,6 +36,7 @@ def _versions() -> Iterator[str]:
         yield "Triton: not installed"
     failure = native.why_not("cpu")
     yield f"C++ extension: {f'not used: {failure}' if failure else f'loaded, CPU level {native.cpu_level()}'}"
+    yield f"CUDA part of it: {', '.join(native.cuda_targets()) or 'none'}"
     requested = backends.requested_backend()
     yield f"requested backend: {requested or 'none, the device chooses'} (ANNNET_BACKEND)"
 

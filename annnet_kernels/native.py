@@ -98,6 +98,11 @@ def _has_kernel(operator: str, dispatch_key: str) -> bool:
     )
 
 
+def cuda_targets() -> tuple[str, ...]:
+    """What the CUDA part was built for, ``"sm_90"`` or ``"compute_90"`` (PTX) for example; empty where there is none."""
+    return tuple(_cuda_targets) if _load_failure is None else ()
+
+
 def cpu_level() -> str | None:
     """Instruction level of the CPU kernels: ``"baseline"``, ``"avx2"``, ``"avx512"`` or ``"avx512_bf16"``.
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import LAYOUTS, assert_as_accurate_as_plain, random_map, relative_error
 from hypothesis import given, settings, strategies as st
-from pool_rule import GRAD_LAYOUTS, random_token_gradient
+from pool_rule import GRAD_LAYOUTS, levels, random_token_gradient
 from torch import Tensor
 
 import annnet_kernels as ak
@@ -84,25 +84,27 @@ def test_any_shape_and_pyramid(
     assert relative_error(spread, plain_spread(grad.double(), x, heights, widths)) < ROUNDING[dtype]
 
 
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "transposed"])
 @pytest.mark.parametrize(
     ("shape", "sizes"),
     [
-        ((1, 2, 9, 9), [100, 3]),  # more bins than a plan holds
-        ((1, 8, 7, 5), [1] * 13),  # more levels
-        ((1, 2, 2, 9000), SIZES),  # rows longer than shared memory
-        ((1, 2, 9000, 2), SIZES),
-        ((1, 530, 9, 9), SIZES),  # more channels than a block has
+        ((1, 2, 9, 8), [(100, 3), (2, 5)]),  # more bins than a plan holds
+        ((1, 8, 7, 5), [(1, 2)] * 13),  # more levels
+        ((1, 2, 2, 9000), [(1, 1), (2, 3), (6, 8)]),  # rows longer than shared memory
+        ((1, 2, 9000, 2), [(1, 1), (2, 3), (6, 8)]),
+        ((1, 530, 9, 9), [(1, 1), (2, 3), (6, 8)]),  # more channels than a block has
     ],
     ids=str,
 )
 def test_beyond_every_limit(
-    gpu: cuda_on_cpu.CudaOnCpu, shape: tuple[int, int, int, int], sizes: list[int], layout: str
+    gpu: cuda_on_cpu.CudaOnCpu, shape: tuple[int, int, int, int], sizes: list[tuple[int, int]], layout: str
 ) -> None:
+    heights, widths = levels(sizes)
     x = random_map(shape, torch.float32, layout)
-    grad = random_token_gradient(*shape[:2], pyramid.num_tokens(sizes, sizes), torch.float32)
-    assert relative_error(gpu.pool(x, sizes, sizes), reference.pyramid_pool(x.double(), sizes, sizes)) < 5e-6
-    assert relative_error(gpu.spread(grad, x, sizes, sizes), plain_spread(grad.double(), x, sizes, sizes)) < 5e-6
+    grad = random_token_gradient(*shape[:2], pyramid.num_tokens(heights, widths), torch.float32)
+    pooled, spread = gpu.pool(x, heights, widths), gpu.spread(grad, x, heights, widths)
+    assert relative_error(pooled, reference.pyramid_pool(x.double(), heights, widths)) < 5e-6
+    assert relative_error(spread, plain_spread(grad.double(), x, heights, widths)) < 5e-6
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
