@@ -19,7 +19,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple, cast
 
 import torch
@@ -186,13 +186,17 @@ def _token_values(parts: Parts, context_weight: Tensor | None, pooled: Tensor) -
     """U, (B, C_out, T): pooled features (B, C_l, T) carried through every later projection, in float32 at least.
 
     The rows are few (110 per image), so the products are small; ``multi_dot`` picks the cheapest order by counted
-    operations at the actual batch.
+    operations at the actual batch. Traced code multiplies the weights behind W_v first: comparing sizes would tie it to
+    the batch that it was traced with.
     """
     batch, _, tokens = pooled.shape
     with torch.autocast(pooled.device.type, enabled=False):
         matrices = matrices_of(parts, context_weight)
         rows = pooled.transpose(1, 2).flatten(0, 1).to(matrices[0].dtype)
-        values: Tensor = torch.linalg.multi_dot([rows, *matrices])
+        if torch.compiler.is_compiling():
+            values = rows @ matrices[0] @ reduce(torch.matmul, matrices[1:])
+        else:
+            values = torch.linalg.multi_dot([rows, *matrices])
         return values.view(batch, tokens, values.shape[1]).transpose(1, 2)
 
 

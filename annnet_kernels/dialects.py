@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from .collapse import Parts, Projection
@@ -72,6 +73,8 @@ class BlockNames:
 
     def parts(self, block: nn.Module) -> Parts:
         """The parts of ``block``; AttributeError if one of them is not there."""
+        if torch.compiler.is_exporting():
+            block = _itself(block)
         key_conv, key_norm, key_act, query_conv, query_norm, query_act, value, out = (
             _at(block, path) for path in self._leaves
         )
@@ -99,6 +102,12 @@ class BlockNames:
 
 def _path(name: str) -> _Path:
     return tuple(name.split("."))
+
+
+def _itself(module: nn.Module) -> nn.Module:
+    """What ``torch.export`` put a stand-in for: under those, a shared projection would be two modules."""
+    get_base = getattr(type(module), "get_base", None)
+    return module if get_base is None else get_base(module)
 
 
 def _at(module: nn.Module, path: _Path) -> Any:

@@ -161,10 +161,10 @@ def fold_for_inference(model: nn.Module) -> FoldReport:
     """Fold batch norms and weight products of every AFNB and APNB of ``model`` once, for calls without gradients.
 
     In an :class:`annnet_kernels.ANNNet` the AFNB also merges with the 3 × 3 convolution behind it. Outputs stay the
-    same up to rounding (in float32 about twice plain's own), parameters and state dict do not change. ``train()``, ``load_state_dict`` or any other change
-    of a parameter or buffer undoes a block's fold, a copy of the model is not folded, and calls with gradients enabled
-    or from compiled code do not use it. Costs memory for the products: one C_out × (C_l + C_h) matrix per block, and
-    one kernel of that depth per merged convolution.
+    same up to rounding (in float32 about twice plain's own), parameters and state dict do not change. ``train()``,
+    ``load_state_dict`` or any other change of a parameter or buffer undoes a block's fold, a copy of the model is not
+    folded, and calls with gradients enabled or from compiled code do not use it. Costs memory for the products: one
+    C_out × (C_l + C_h) matrix per block, and one kernel of that depth per merged convolution.
 
     Args:
         model: a module in evaluation mode, holding blocks of this package or replaced ones.

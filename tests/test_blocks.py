@@ -295,7 +295,7 @@ def test_compiles_as_one_graph_for_every_size(kind):
 
     compiled = torch.compile(fused, fullgraph=True, dynamic=True, backend=backend)
     for extra in range(4):
-        maps = [torch.randn(2, s[1], s[2] + extra, s[3] + extra, dtype=torch.float64) for s in MAPS[kind]]
+        maps = [torch.randn(2 + extra, s[1], s[2] + extra, s[3] + extra, dtype=torch.float64) for s in MAPS[kind]]
         torch.testing.assert_close(compiled(*maps), copy.deepcopy(fused)(*maps))
     assert len(graphs) == 1
 

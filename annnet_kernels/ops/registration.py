@@ -38,7 +38,7 @@ def register(
 ) -> Callable[[Callable[..., Any]], None]:
     """Define an operator and return a function that gives it the autograd Function to route through.
 
-    An operator that never gets one is a step inside of somebody else's Function, and refuses to record a gradient.
+    An operator that never gets one is a step inside of somebody else's Function: its outputs refuse a backward pass.
 
     Args:
         schema: the operator's schema. One whose last argument is ``str? backend`` follows that request (the backward
@@ -88,11 +88,13 @@ def register(
     def autograd(*arguments: Any) -> Any:
         if _needs_autograd(operator_name, arguments):
             if differentiable is None:
-                raise NotImplementedError(
-                    f"torch.ops.{NAMESPACE}.{operator_name}: the operator has no derivative of its own; "
-                    f"call it without gradient mode, inside of a torch.autograd.Function"
-                )
+                results = _WithoutDerivative.apply(below_autograd, operator_name, written, *arguments)
+                outputs = results if written is None else results[:-1]
+                return outputs if len(outputs) > 1 else outputs[0]
             return differentiable(*arguments)
+        return below_autograd(*arguments)
+
+    def below_autograd(*arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
 
@@ -103,6 +105,27 @@ def register(
         differentiable = function
 
     return route_autograd
+
+
+class _WithoutDerivative(torch.autograd.Function):
+    """Lets the steps run where gradients are recorded, as an exported block does, and refuses only their backward."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Callable[..., Any], name: str, written: int | None, *arguments: Any) -> Any:
+        ctx.name = name
+        result = call(*arguments)
+        outputs = result if isinstance(result, tuple) else (result,)
+        if written is None:
+            return outputs
+        ctx.mark_dirty(arguments[written])
+        return *outputs, arguments[written]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            f"torch.ops.{NAMESPACE}.{ctx.name}: the operator has no derivative of its own; "
+            f"call it without gradient mode, inside of a torch.autograd.Function"
+        )
 
 
 def _needs_autograd(name: str, arguments: tuple[Any, ...]) -> bool:
