@@ -99,7 +99,7 @@ def _has_kernel(operator: str, dispatch_key: str) -> bool:
 
 
 def cuda_targets() -> tuple[str, ...]:
-    """What the CUDA part was built for, ``"sm_90"`` or ``"compute_90"`` (PTX) for example; empty where there is none."""
+    """What the CUDA part was built for, as ``"sm_90"`` or ``"compute_90"`` (PTX); empty where there is none."""
     return tuple(_cuda_targets) if _load_failure is None else ()
 
 

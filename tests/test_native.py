@@ -114,6 +114,7 @@ def test_the_record_names_this_torch_and_what_is_in_the_library() -> None:
     record = json.loads(file.read_text())
     assert record["torch"] == torch.__version__
     assert _C.parts() == (("cpu", "cuda") if record["cuda"] else ("cpu",))
+    assert native.cuda_targets() == tuple(record["cuda"])
 
 
 @built
