@@ -135,7 +135,7 @@ def _finish(tail: Sequence[nn.Module], out: Tensor) -> Tensor:
     modules = list(tail)
     if modules and type(modules[0]) in FUSABLE_NORMS:
         norm = modules.pop(0)
-        relu = bool(modules) and type(modules[0]) is nn.ReLU
+        relu = len(modules) > 0 and type(modules[0]) is nn.ReLU  # torch 2.11 traces no bool() of a list
         if relu:
             modules.pop(0)
         dropout = cast(nn.Dropout2d, modules.pop(0)) if modules and type(modules[0]) is nn.Dropout2d else None

@@ -57,6 +57,7 @@ def test_a_gpu_that_is_too_old_is_named_with_its_capability(monkeypatch):
 
 def test_a_missing_triton_is_named(monkeypatch):
     monkeypatch.setattr(backends, "_has_triton", lambda: False)
+    monkeypatch.setattr(backends, "_capability", lambda _: (9, 0))
     _, against = info.served_by("pyramid_pool", torch.device("cuda", 0), torch.float16)
     assert "triton is not installed" in against["triton"]
     monkeypatch.setattr(info, "_version", lambda _: None)
