@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,14 @@ def shared_limit() -> int:
     return int(found[1]) << 10
 
 
-def rows(archs: Sequence[int], name: str) -> Iterator[dict[str, Any]]:
-    """The fields of a row for every kernel whose name contains ``name``."""
-    import annnet_kernels._C as library
-
-    for arch in archs:
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-sass", "--dump-resource-usage", "-arch", f"sm_{arch}"]
-        done = subprocess.run([*command, library.__file__], capture_output=True, text=True)
-        yield from read(done.stdout, arch, name)
+def rows(arch: int, name: str = "") -> Iterator[dict[str, Any]]:
+    """The fields of a row for every kernel whose name contains ``name``; none if there is no code for ``arch``."""
+    if f"sm_{arch}" not in native.cuda_targets():
+        return
+    library = importlib.import_module("annnet_kernels._C").__file__
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-sass", "--dump-resource-usage", "-arch", f"sm_{arch}"]
+    done = subprocess.run([*command, str(library)], check=True, capture_output=True, text=True)
+    yield from read(done.stdout, arch, name)
 
 
 def read(text: str, arch: int, name: str = "") -> Iterator[dict[str, Any]]:

@@ -49,9 +49,10 @@ __global__ void __launch_bounds__(kThreads) pool_direct_kernel(const __grid_cons
       narrow<T>(total / (Sum<T>(bottom - top) * Sum<T>(right - left)));
 }
 
-// Threads: images × channels × rows × columns, columns innermost.
+// Threads: images × channels × rows × columns, columns innermost. The 1 lets it use all registers: its divisions in 64
+// bits spill for sm_100 otherwise.
 template <class T>
-__global__ void __launch_bounds__(kThreads) pool_direct_bwd_kernel(const __grid_constant__ DirectArgs args) {
+__global__ void __launch_bounds__(kThreads, 1) pool_direct_bwd_kernel(const __grid_constant__ DirectArgs args) {
   const int64_t index = global_thread();
   if (index >= args.count) return;
   const int64_t x = index % args.width, y = index / args.width % args.height;
