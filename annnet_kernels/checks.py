@@ -11,6 +11,8 @@ from numbers import Integral, Real
 
 import torch
 
+from .autocast import autocast_dtype
+
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -142,7 +144,7 @@ def block_inputs(**inputs: tuple[object, torch.nn.Conv2d]) -> None:
         weight = conv.weight
         if x.device != weight.device:
             raise ValueError(f"{name}: expected the device of the block's parameters, {weight.device}, got {x.device}")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and autocast_dtype(x.device.type) is None:
             raise TypeError(f"{name}: expected the dtype of the block's parameters, {weight.dtype}, got {x.dtype}")
         if batch is not None and x.shape[0] != batch[1]:
             raise ValueError(f"{name}: expected the batch of {batch[0]}, {batch[1]}, got {x.shape[0]}")

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .autocast import no_autocast
 from .backends import requested_backend, use_backend
 from .functional import asymmetric_attention, pyramid_pool
 from .normalization import (
@@ -190,7 +191,7 @@ def _token_values(parts: Parts, context_weight: Tensor | None, pooled: Tensor) -
     the batch that it was traced with.
     """
     batch, _, tokens = pooled.shape
-    with torch.autocast(pooled.device.type, enabled=False):
+    with no_autocast(pooled.device.type):
         matrices = matrices_of(parts, context_weight)
         rows = pooled.transpose(1, 2).flatten(0, 1).to(matrices[0].dtype)
         if torch.compiler.is_compiling():
@@ -210,7 +211,7 @@ def matrices_of(parts: Parts, context_weight: Tensor | None) -> list[Tensor]:
 
 def constant_of(parts: Parts, context_weight: Tensor | None) -> Tensor:
     """c, (C_out): what the biases amount to once they have passed through A unchanged; float32 at least."""
-    with torch.autocast(parts.value.weight.device.type, enabled=False):
+    with no_autocast(parts.value.weight.device.type):
         constant = _affine(parts.out.weight, _bias(parts.value), _bias(parts.out))
         if context_weight is not None and parts.join is not None:
             constant = _affine(context_weight, constant, _bias(parts.join))

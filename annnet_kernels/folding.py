@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks
+from .autocast import no_autocast
 from .collapse import HOOKS, Parts, constant_of, halves_of, matrices_of, why_plain
 from .functional import pyramid_pool
 from .normalization import (
@@ -263,7 +264,7 @@ def fold_pair(block: FoldedBlock, conv: nn.Conv2d) -> FoldedPair:
 def folded_forward(block: FoldedBlock, parts: Parts, low: Tensor, high: Tensor) -> Tensor:
     """The output of a folded block, (B, C_out, H, W)."""
     pooled = pyramid_pool(low, parts.pool_sizes)
-    with torch.autocast(low.device.type, enabled=False):
+    with no_autocast(low.device.type):
         value = torch.matmul(block.token_matrix.t(), pooled.to(block.token_matrix.dtype))
     product = Product(None if block.weight is None else high, block.weight, block.constant)
     out = _attend(parts, low, high, value, product)
@@ -277,7 +278,7 @@ def merged_forward(pair: FoldedPair, conv: nn.Conv2d, parts: Parts, low: Tensor,
     # The attention itself as a map, and a last channel of ones (its rows sum to 1) that carries the constant.
     selector = torch.cat([torch.eye(tokens), torch.ones(1, tokens)]).to(pooled).expand(batch, -1, -1)
     attention = _attend(parts, low, high, selector, Product(None, None, None))
-    with torch.autocast(low.device.type, enabled=False):
+    with no_autocast(low.device.type):
         kernels = torch.matmul(pair.token_weight, pooled.to(pair.token_weight.dtype)[:, None, None])
         constant = pair.constant_weight[:, :, :, None].expand(batch, -1, -1, -1, -1)
         kernels = torch.cat([kernels, constant], dim=4).permute(0, 1, 4, 2, 3)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks, pyramid
+from .autocast import autocast_dtype
 from .backends import requested_backend
 from .ops import AsymmetricAttention, PyramidPool
 
@@ -133,8 +134,7 @@ def _attention(query: Tensor, key: Tensor, scale: float, logsumexp: Tensor) -> T
 
 def _autocast(*operands: Tensor) -> tuple[Tensor, ...]:
     """The operands in the autocast dtype where autocast is on; float64 stays, as in PyTorch's own operators."""
-    device_type = operands[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    dtype = autocast_dtype(operands[0].device.type)
+    if dtype is None:
         return operands
-    dtype = torch.get_autocast_dtype(device_type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in operands)

@@ -34,6 +34,7 @@ class DilatedResNet(nn.Module):
                 self.add_module(child_name, child)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        checks.feature_map("x", x, channels=3)
         low = high = x
         for child in self.children():
             low, high = high, child(high)

@@ -312,6 +312,18 @@ def test_compiles_without_gradients(kind, training):
     torch.testing.assert_close(dict(fused.named_buffers()), dict(twin.named_buffers()))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_shapes_follow_without_data(kind, training):
+    """On the meta device, for which PyTorch has no autocast to ask about."""
+    fused, plain = build(kind)
+    shapes = []
+    for block in (fused, plain):
+        block.to("meta").train(training)
+        shapes.append(block(*(x.to("meta") for x in draw_maps(kind))).shape)
+    assert shapes[0] == shapes[1]
+
+
 def hook(block):
     block.stages[0].f_value.register_forward_hook(lambda module, args, out: out * 2)
 

@@ -60,6 +60,7 @@ BAD = [
     (lambda: ak.asymmetric_attention(X, TOKENS[..., :0], TOKENS), ValueError, "key: expected at least one channel and"),
     (lambda: ak.asymmetric_attention(X, TOKENS.double(), TOKENS), TypeError, "key: expected the dtype of query"),
     (lambda: ak.asymmetric_attention(X, TOKENS, TOKENS.to("meta")), ValueError, "value: expected the device of query"),
+    (lambda: ak.asymmetric_attention(X.to("meta"), TOKENS, TOKENS), ValueError, "key: expected the device of query"),
     (lambda: ak.asymmetric_attention(X, TOKENS, TOKENS, "1"), TypeError, "scale: expected a real number or None, got"),
     (lambda: ak.asymmetric_attention(X, TOKENS, TOKENS, float("nan")), ValueError, "scale: expected a finite number"),
     (lambda: ak.asymmetric_attention(X, TOKENS, TOKENS, return_attention=1), TypeError, "return_attention: expected a"),

@@ -94,3 +94,8 @@ def test_bad_arguments_are_named(arguments, error, message):
 def test_a_bad_picture_is_named():
     with pytest.raises(ValueError, match="x: expected a feature map of shape"):
         tiny()(torch.randn(3, 65, 49))
+
+
+def test_an_image_has_three_channels():
+    with pytest.raises(ValueError, match="x: expected 3 channels, got 4"):
+        ak.ANNNet(2)(torch.zeros(1, 4, 9, 9))

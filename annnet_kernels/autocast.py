@@ -1,0 +1,21 @@
+"""Autocast on every device type: PyTorch's own queries raise for those without any, such as ``meta``."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+_WITHOUT = ("meta",)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that operators are cast to, None where autocast is off."""
+    if device_type in _WITHOUT or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A context in which nothing is cast."""
+    return nullcontext() if device_type in _WITHOUT else torch.autocast(device_type, enabled=False)
