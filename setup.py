@@ -198,14 +198,14 @@ else:
         def build_with(self, cuda: CudaPart | None) -> str | None:
             """Build, and without the CUDA part if that is in the way; why it failed, None if it did not."""
             (extension,) = self.extensions
-            before = self.compiler, copy.deepcopy(vars(extension))
+            before = dict(vars(self)), copy.deepcopy(vars(extension))
             extension.optional = False  # where failures are reported here, setuptools must not swallow them
             if cuda is not None:
                 add_cuda(extension, cuda)
             try:
                 super().run()
             except Exception as error:
-                self.compiler = before[0]
+                vars(self).update(before[0])
                 vars(extension).update(before[1])
                 problem = f"the build failed ({first_line(str(error))})"
                 if cuda is None:

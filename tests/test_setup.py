@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -157,20 +158,25 @@ class _Builds:
     def __init__(self, build: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, fails: list[str]) -> None:
         from setuptools import Distribution
 
-        def run(command: object) -> None:
-            (extension,) = command.extensions  # type: ignore[attr-defined]
+        def run(command: Any) -> None:
+            (extension,) = command.extensions
             self.asked.append((extension.sources, extension.extra_objects, extension.libraries))
-            command.compiler = object()  # type: ignore[attr-defined]  # as setuptools leaves it
+            assert isinstance(command.compiler, str | None), "an earlier attempt has left its traces"
+            assert command.inplace == 1
+            command.compiler = object()
+            command.inplace = 0  # until setuptools has built and copies the library
             extension.extra_compile_args["cxx"].append("-DADDED")
             self.flags.append(list(extension.extra_compile_args["cxx"]))
             if fails:
                 raise RuntimeError(fails.pop(0))
+            command.inplace = 1
 
         self.asked: list[tuple[list[str], list[str], list[str]]] = []
         self.flags: list[list[str]] = []
         monkeypatch.setattr(build.cpp_extension.BuildExtension, "run", run)
         monkeypatch.setattr(build, "compiler_problem", lambda: None)
         self.command = build.Build(Distribution({"name": "x", "ext_modules": build.extensions}))
+        self.command.inplace = 1
         self.command.finalize_options()
         self.command.build_temp = str(folder / "temp")
         self.command.get_ext_fullpath = lambda name: str(folder / "_C.so")
