@@ -1,4 +1,4 @@
-"""SyncBatchNorm over two gloo processes equals one process with the joined batch."""
+"""Two gloo processes equal one with the joined batch: SyncBatchNorm, the same under FSDP2, and DDP."""
 
 import os
 import subprocess
@@ -33,18 +33,49 @@ def step(block, maps, rank=0):
     return {"out": out.detach(), "weights": weights} | {f"input {i}": x.grad for i, x in enumerate(inputs)}
 
 
-def worker(kind, rank, split, folder):
+def freeze_statistics(block):
+    """DDP refuses a SyncBatchNorm on a CPU; without one, only running statistics are alike in both processes."""
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+
+def reduced_gradients(block, wrap, processes):
+    """Summed over processes; DDP and FSDP average."""
     import torch.distributed as dist
 
+    gradients = {name: parameter.grad for name, parameter in block.named_parameters()}
+    if wrap == "ddp":
+        return {name: gradient * processes for name, gradient in gradients.items()}
+    if wrap == "fsdp":
+        return {name: gradient.full_tensor() * processes for name, gradient in gradients.items()}
+    for gradient in gradients.values():
+        dist.all_reduce(gradient)
+    return gradients
+
+
+def worker(kind, wrap, rank, split, folder):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    block = nn.SyncBatchNorm.convert_sync_batchnorm(build(kind, fused=True))
+    block = build(kind, fused=True)
+    if wrap == "ddp":
+        freeze_statistics(block)
+    else:
+        block = nn.SyncBatchNorm.convert_sync_batchnorm(block)
     assert "collapsed" in block.extra_repr()
     maps = torch.load(f"{folder}/maps.pt")
     part = slice(0, split) if rank == 0 else slice(split, None)
-    found = step(block, [x[part] for x in maps], rank)
-    for parameter in block.parameters():
-        dist.all_reduce(parameter.grad)
-    found |= {f"grad {n}": p.grad for n, p in block.named_parameters()} | dict(block.named_buffers())
+    wrapped = DistributedDataParallel(block) if wrap == "ddp" else block
+    if wrap == "fsdp":
+        fully_shard(block, mesh=init_device_mesh("cpu", (2,)))
+    found = step(wrapped, [x[part] for x in maps], rank)
+    assert ak.last_backend("asymmetric_attention_bn_relu") is not None  # the collapsed forward ran
+    found |= {f"grad {name}": gradient for name, gradient in reduced_gradients(block, wrap, 2).items()}
+    found |= dict(block.named_buffers())
     torch.save(found, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -69,12 +100,22 @@ def test_a_sharded_parameter_is_left_to_the_published_forward(kind, single_proce
     assert "published forward, because of Conv2d holds a sharded weight (DTensor)" in repr(block)
 
 
-@pytest.mark.parametrize("split", [2, 1], ids=["even", "uneven"])
-@pytest.mark.parametrize("kind", CLASSES)
-def test_two_processes_equal_one(kind, split, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "wrap", "split"),
+    [
+        ("AFNB", "none", 2),
+        ("AFNB", "none", 1),
+        ("APNB", "none", 1),
+        ("AFNB", "ddp", 2),
+        ("APNB", "ddp", 1),
+        ("AFNB", "fsdp", 1),
+        ("APNB", "fsdp", 2),
+    ],
+)
+def test_two_processes_equal_one(kind, wrap, split, tmp_path):
     maps = [torch.randn(shape, dtype=torch.float64) for shape in MAPS[kind]]
     torch.save(maps, tmp_path / "maps.pt")
-    command = [sys.executable, __file__, kind, str(split), str(tmp_path)]
+    command = [sys.executable, __file__, kind, wrap, str(split), str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     processes = [subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE) for rank in (0, 1)]
     for process in processes:
@@ -82,6 +123,8 @@ def test_two_processes_equal_one(kind, split, tmp_path):
         assert process.returncode == 0, errors.decode()
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     plain = build(kind, fused=False)
+    if wrap == "ddp":
+        freeze_statistics(plain)
     inputs = [x.clone().requires_grad_() for x in maps]
     out = plain(*inputs)
     (out * torch.cat([first["weights"], second["weights"]])).sum().backward()
@@ -96,4 +139,4 @@ def test_two_processes_equal_one(kind, split, tmp_path):
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1], int(sys.argv[4]), int(sys.argv[2]), sys.argv[3])
+    worker(sys.argv[1], sys.argv[2], int(sys.argv[5]), int(sys.argv[3]), sys.argv[4])
