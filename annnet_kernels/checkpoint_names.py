@@ -114,7 +114,7 @@ def key_in_network(dialect: str, entry: Entry) -> str:
     """The key of an entry, relative to the network."""
     head = _head(dialect)
     if entry.place == "aux":
-        return f"{head.auxiliary[entry.slot]}.{_tensor_name(dialect, entry)}"
+        return f"{head.auxiliary_prefix}{head.auxiliary[entry.slot]}.{_tensor_name(dialect, entry)}"
     return head.prefix + _key_in_head(head, entry)
 
 
@@ -185,11 +185,9 @@ def _head_layout(keys: list[str], head: HeadNames, prefix: str) -> Layout | None
     located = {entry: key for entry, key in paths.items() if key in present}
     if not any(entry.place in ("head", "pyramid") for entry in located):
         return None
-    owners = [prefix + path for path in (head.fusion, head.pyramid, *head.slots.values())]
-    owners += [root + path for path in head.auxiliary.values()]
-    inside = tuple(owner + "." for owner in owners)
+    names = {path.partition(".")[0] for path in (head.fusion, head.pyramid, *head.slots.values())}
+    inside = (prefix,) if prefix else tuple(f"{name}." for name in names)
     others = sorted(present - set(located.values()))
-    unknown = [key for key in others if key.startswith(inside)]
-    return Layout(
-        head.dialect, None, root, prefix, located, unknown, [key for key in others if key not in set(unknown)]
-    )
+    unknown = [key for key in others if key.startswith(inside) and not key.startswith(root + head.auxiliary_prefix)]
+    rest = [key for key in others if key not in set(unknown)]
+    return Layout(head.dialect, None, root, prefix, located, unknown, rest)

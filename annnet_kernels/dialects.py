@@ -142,8 +142,9 @@ class HeadNames:
     fusion: str
     pyramid: str
     slots: Mapping[str, str]
+    auxiliary_prefix: str
     auxiliary: Mapping[str, str]
-    """The auxiliary head on stage 4; paths are relative to the network."""
+    """The auxiliary head on stage 4; its prefix is relative to the network, its paths to the prefix."""
 
 
 def _mendelxu(kind: str, tail_norm: str) -> BlockNames:
@@ -253,7 +254,8 @@ HEADS = (
         fusion="fusion",
         pyramid="context.2",
         slots={"reduce.conv": "context.0", "reduce.norm": "context.1.0", "cls": "cls"},
-        auxiliary={"aux.conv": "dsn.0", "aux.norm": "dsn.1.0", "aux.cls": "dsn.3"},
+        auxiliary_prefix="dsn.",
+        auxiliary={"aux.conv": "0", "aux.norm": "1.0", "aux.cls": "3"},
     ),
     HeadNames(
         dialect="mmseg",
@@ -261,11 +263,8 @@ HEADS = (
         fusion="fusion",
         pyramid="context",
         slots={"reduce.conv": "bottleneck.conv", "reduce.norm": "bottleneck.bn", "cls": "conv_seg"},
-        auxiliary={
-            "aux.conv": "auxiliary_head.convs.0.conv",
-            "aux.norm": "auxiliary_head.convs.0.bn",
-            "aux.cls": "auxiliary_head.conv_seg",
-        },
+        auxiliary_prefix="auxiliary_head.",
+        auxiliary={"aux.conv": "convs.0.conv", "aux.norm": "convs.0.bn", "aux.cls": "conv_seg"},
     ),
     HeadNames(
         dialect="paddleseg",
@@ -273,10 +272,7 @@ HEADS = (
         fusion="fusion",
         pyramid="context.1",
         slots={"reduce.conv": "context.0._conv", "reduce.norm": "context.0._batch_norm", "cls": "cls"},
-        auxiliary={
-            "aux.conv": "head.auxlayer.conv_bn_relu._conv",
-            "aux.norm": "head.auxlayer.conv_bn_relu._batch_norm",
-            "aux.cls": "head.auxlayer.conv",
-        },
+        auxiliary_prefix="head.auxlayer.",
+        auxiliary={"aux.conv": "conv_bn_relu._conv", "aux.norm": "conv_bn_relu._batch_norm", "aux.cls": "conv"},
     ),
 )

@@ -286,6 +286,22 @@ def test_a_bias_that_does_not_fit_its_norm_is_named(tmp_path):
         ak.to_dialect(state, "mmseg")
 
 
+@pytest.mark.parametrize("key", ["context.3.weight", "cls.extra", "fusion.stages.0.g.weight"])
+def test_a_key_of_the_head_that_the_model_lacks_is_named(key, tmp_path):
+    target = net()
+    check = unchanged(target)
+    with pytest.raises(ValueError, match=re.escape(f"path: {key} has no place in the model")):
+        ak.load_checkpoint(target, save(net().state_dict() | {key: torch.ones(2)}, tmp_path / "net.pth"))
+    state = ak.to_dialect(net().state_dict(), "mmseg") | {"decode_head.extra.weight": torch.ones(2)}
+    state |= {"auxiliary_head.convs.1.conv.weight": torch.ones(2), "ema.decay": torch.ones(())}
+    with pytest.raises(ValueError, match=r"path: decode_head\.extra\.weight has no place in the model$"):
+        ak.load_checkpoint(target, save(state, tmp_path / "mmseg.pth"))
+    check()
+    del state["decode_head.extra.weight"]
+    report = ak.load_checkpoint(target, save(state, tmp_path / "mmseg.pth"))
+    assert report.unused == ["auxiliary_head.convs.1.conv.weight", "ema.decay"]
+
+
 MODELS = {
     "no block": (lambda: nn.Linear(2, 2), "block_or_model: expected one block or a whole head, got no asymmetric"),
     "two blocks": (
