@@ -300,6 +300,9 @@ def test_a_key_of_the_head_that_the_model_lacks_is_named(key, tmp_path):
     del state["decode_head.extra.weight"]
     report = ak.load_checkpoint(target, save(state, tmp_path / "mmseg.pth"))
     assert report.unused == ["auxiliary_head.convs.1.conv.weight", "ema.decay"]
+    arrays = paddle_state(target.state_dict(), PADDLE_HEAD) | {"head.auxlayer.more.weight": np.ones(2)}
+    report = ak.load_checkpoint(target, save_paddle(arrays, tmp_path / "net.pdparams"))
+    assert report.unused == ["head.auxlayer.more.weight"]
 
 
 MODELS = {
