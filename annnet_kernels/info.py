@@ -76,9 +76,9 @@ def _here() -> list[torch.device]:
 
 
 def operators() -> list[str]:
-    """Names of all operators, without their namespace."""
+    """Names of all operators, without their namespace; in-place forms run the implementations of the others."""
     names = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
-    return sorted({name.partition(".")[0] for namespace, _, name in names if namespace == NAMESPACE})
+    return sorted({name.partition(".")[0].removesuffix("_") for space, _, name in names if space == NAMESPACE})
 
 
 def _served(device: torch.device) -> Iterator[str]:
