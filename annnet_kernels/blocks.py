@@ -94,7 +94,7 @@ class AFNB(Foldable, PlainAFNB):
         if why_plain(parts) is not None:
             return super().forward(low, high)
         if (fold := self.current_fold()) is not None:
-            return self.run_folded(fold, parts, low, high)
+            return fold.forward(parts, low, high)
         return collapsed_forward(parts, low, high, recompute=self.recompute)
 
     def parts(self) -> Parts:
@@ -164,7 +164,7 @@ class APNB(Foldable, PlainAPNB):
         if why_plain(parts) is not None:
             return super().forward(x)
         if (fold := self.current_fold()) is not None:
-            return self.run_folded(fold, parts, x, x)
+            return fold.forward(parts, x, x)
         return collapsed_forward(parts, x, x, recompute=self.recompute)
 
     def parts(self) -> Parts:

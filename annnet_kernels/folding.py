@@ -10,15 +10,15 @@ end, so a convolution K behind it is affine in the same three terms, and their 2
     K(out) = (K Ŵ)(X_h) + (K Mᵀ PᵀX_l)(A) + K(ĉ),    K(ĉ) over a constant map that ends at the border.
 
 A fold is used only without gradients and outside compiled code, and only as long as every parameter and buffer it was
-made from is the same, unchanged tensor.
+made from is the same, unchanged tensor and every module in the same mode. Writes through ``.data`` count no version and
+go unnoticed.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,32 +59,31 @@ class Fold:
     """What a block was folded into, and the tensors it was made from. A copy of it is no fold: it copies as None."""
 
     def __init__(self, module: nn.Module, parts: Parts, conv: nn.Conv2d | None = None) -> None:
-        self._sources = [t for m in (module, conv) if m is not None for t in (*m.parameters(), *m.buffers())]
-        self._made_from = self._fingerprint()
-        self._convolved: weakref.ref[Tensor] | None = None
         self.conv = conv
+        self._modules = [module] if conv is None else [module, conv]
+        self._sources = list(self._tensors())  # kept, so that no other tensor gets their identity
+        self._made_from = self._fingerprint()
         with torch.no_grad():
             self.block = fold_block(parts)
             self.pair = fold_pair(self.block, conv) if conv is not None else None
 
-    def _fingerprint(self) -> list[tuple[int, int, int]]:
-        return [(id(t), t._version, t.data_ptr()) for t in self._sources]
+    def _tensors(self) -> Iterator[Tensor]:
+        for module in self._modules:
+            yield from module.parameters()
+            yield from module.buffers()
+
+    def _fingerprint(self) -> list[tuple[int, ...]]:
+        """Every tensor with its version (inference tensors have none), and every module's mode."""
+        tensors = [(id(t), 0 if t.is_inference() else t._version, t.data_ptr()) for t in self._tensors()]
+        return [*tensors, *((id(m), m.training) for module in self._modules for m in module.modules())]
 
     def is_current(self) -> bool:
         """Whether the module still is what was folded."""
         return self._fingerprint() == self._made_from
 
-    def forward(self, parts: Parts, low: Tensor, high: Tensor, *, merge: bool) -> Tensor:
-        """The block's output, or with ``merge`` that of the convolution behind it, which will let it pass."""
-        if not merge or self.pair is None or self.conv is None:
-            return folded_forward(self.block, parts, low, high)
-        out = merged_forward(self.pair, self.conv, parts, low, high)
-        self._convolved = weakref.ref(out)
-        return out
-
-    def has_convolved(self, x: Tensor) -> bool:
-        """Whether ``x`` is the latest output of a merged forward."""
-        return self._convolved is not None and self._convolved() is x
+    def forward(self, parts: Parts, low: Tensor, high: Tensor) -> Tensor:
+        """The block's output."""
+        return folded_forward(self.block, parts, low, high)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
@@ -109,10 +108,7 @@ class Foldable(nn.Module):
         return super().train(mode)
 
     def unfold(self) -> None:
-        """Forget what was folded, and give the convolution behind the block its own forward back."""
-        if self._fold is not None and self._fold.conv is not None:
-            self._fold.conv.__class__ = nn.Conv2d
-            del self._fold.conv._fold
+        """Forget what was folded."""
         self._fold = None
 
     def current_fold(self) -> Fold | None:
@@ -123,9 +119,23 @@ class Foldable(nn.Module):
             self.unfold()
         return self._fold
 
-    def run_folded(self, fold: Fold, parts: Parts, low: Tensor, high: Tensor) -> Tensor:
-        """Merged with the convolution behind it, unless somebody watches what the block itself returns."""
-        return fold.forward(parts, low, high, merge=not any(getattr(self, hooks) for hooks in HOOKS))
+
+def context_of(fusion: nn.Module, context: nn.Sequential, low: Tensor, high: Tensor) -> Tensor:
+    """context(fusion(low, high)), by the merged weights where ``fusion`` was folded with the context's convolution.
+
+    Whoever hooks one of the modules that a merge skips gets them called.
+    """
+    fold = fusion.current_fold() if isinstance(fusion, Foldable) else None
+    watched = any(getattr(module, hooks) for module in (fusion, context, context[0]) for hooks in HOOKS)
+    if fold is None or fold.pair is None or fold.conv is not context[0] or watched:
+        return cast(Tensor, context(fusion(low, high)))
+    parts = cast(Foldable, fusion).parts()
+    if why_plain(parts) is not None:
+        return cast(Tensor, context(fusion(low, high)))
+    out = merged_forward(fold.pair, fold.conv, parts, low, high)
+    for module in context[1:]:
+        out = module(out)
+    return out
 
 
 def explain(block: Foldable) -> str:
@@ -134,15 +144,6 @@ def explain(block: Foldable) -> str:
     if reason is not None:
         return f"published forward, because of {reason}"
     return "collapsed" if block._fold is None else "collapsed, folded"
-
-
-class _FollowingConv2d(nn.Conv2d):
-    """A convolution that lets pass what the folded block ahead has convolved already."""
-
-    _fold: Fold | None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x if self._fold is not None and self._fold.has_convolved(x) else super().forward(x)
 
 
 @dataclass
@@ -163,8 +164,9 @@ def fold_for_inference(model: nn.Module) -> FoldReport:
 
     In an :class:`annnet_kernels.ANNNet` the AFNB also merges with the 3 × 3 convolution behind it. Outputs stay the
     same up to rounding (in float32 about twice plain's own), parameters and state dict do not change. ``train()``,
-    ``load_state_dict`` or any other change of a parameter or buffer undoes a block's fold, a copy of the model is not
-    folded, and calls with gradients enabled or from compiled code do not use it. Costs memory for the products: one
+    ``load_state_dict`` or any other change of a parameter, buffer or mode undoes a block's fold, a copy of the model is
+    not folded, and calls with gradients enabled or from compiled code do not use it. What is written through ``.data``
+    is not noticed: fold again. Costs memory for the products: one
     C_out × (C_l + C_h) matrix per block, and one kernel of that depth per merged convolution.
 
     Args:
@@ -198,9 +200,6 @@ def fold_for_inference(model: nn.Module) -> FoldReport:
         block.unfold()
         conv = followers.get(id(block))
         block._fold = Fold(block, parts, conv)
-        if conv is not None:
-            conv.__class__ = _FollowingConv2d
-            conv._fold = block._fold  # type: ignore[assignment]
         report.folded[name] = "alone" if conv is None else "merged with the convolution behind it"
     return report
 
@@ -210,7 +209,7 @@ def _pairs(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Conv2d]]:
     following = getattr(type(module), "convolution_behind_fusion", None)
     if following is not None:
         conv = following(module)
-        if type(conv) in (nn.Conv2d, _FollowingConv2d) and conv.groups == 1 and conv.padding_mode == "zeros":
+        if type(conv) is nn.Conv2d and conv.groups == 1 and conv.padding_mode == "zeros":
             yield module.fusion, conv  # type: ignore[misc]
 
 
@@ -228,7 +227,10 @@ def why_not_folded(parts: Parts) -> str | None:
     for projection in (parts.key, parts.query):
         if type(projection.activation) is not nn.ReLU:
             return f"{type(projection.activation).__name__} in the place of ReLU"
-    kinds = [type(m) for m in parts.tail[1:] if not isinstance(m, nn.modules.dropout._DropoutNd)]
+    dropouts = [m for m in parts.tail[1:] if isinstance(m, nn.modules.dropout._DropoutNd)]
+    if any(m.training and m.p > 0 for m in dropouts):
+        return f"{type(dropouts[0]).__name__} is in training mode"
+    kinds = [type(m) for m in parts.tail[1:] if m not in dropouts]
     return None if kinds in ([], [nn.ReLU]) else f"a tail of {', '.join(kind.__name__ for kind in kinds)}"
 
 

@@ -13,6 +13,7 @@ from . import checks
 from .blocks import AFNB, APNB
 from .checkpoint_files import read_state_dict
 from .checkpoints import CheckpointReport, head_options, load_state
+from .folding import context_of
 from .pyramid import POOL_SIZES
 from .reference.blocks import NormLayer, PlainAFNB, PlainAPNB, PoolSizes
 
@@ -162,7 +163,7 @@ class ANNNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         checks.feature_map("x", x)
         low, high = self.backbone(x)
-        logits = self._resize(self.cls(self.context(self.fusion(low, high))), x.shape[2:])
+        logits = self._resize(self.cls(context_of(self.fusion, self.context, low, high)), x.shape[2:])
         if self.dsn is None or not self.training:
             return logits
         return logits, self._resize(self.dsn(low), x.shape[2:])

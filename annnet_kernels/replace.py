@@ -147,7 +147,7 @@ class _FusedForward(Foldable):
         if maps is None or why_plain(parts) is not None:
             return type(self).original.forward(self, *args, **kwargs)
         if (fold := self.current_fold()) is not None:
-            return self.run_folded(fold, parts, maps[0], maps[-1])
+            return fold.forward(parts, maps[0], maps[-1])
         return collapsed_forward(parts, maps[0], maps[-1], recompute=self.recompute)
 
     def _maps(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> tuple[Tensor, ...] | None:

@@ -113,17 +113,15 @@ def model(size: tuple[int, int], **options: Any) -> tuple[Case, Case]:
 def _quick() -> list[Case]:
     """Small maps: both operators, both blocks and the model in under two minutes on two CPU cores."""
     tags = ("quick",)
-    attention_forward, attention_both = attention((65, 65), tags=tags)
-    pool_forward, pool_both = pool((97, 97), tags=tags)
+    afnb_evaluation, afnb_training = afnb((33, 33), tags=tags)
     return [
-        pool_forward,
-        replace(pool_both, compiled=True),
+        *pool((97, 97), tags=tags),
         pool((97, 97), layout="channels_last", tags=tags)[1],
-        attention_forward,
-        replace(attention_both, compiled=True),
+        *attention((65, 65), tags=tags),
         *apnb((49, 49), tags=tags, compiled=True),
-        *afnb((25, 25), tags=tags, compiled=True),
-        *model((129, 129), tags=tags),
+        replace(afnb_evaluation, compiled=True),
+        afnb_training,
+        *model((193, 193), tags=tags),
     ]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import annnet_kernels as ak
 from annnet_kernels import reference
+from annnet_kernels.folding import context_of
 from annnet_kernels.pyramid import POOL_SIZES
 from annnet_kernels.reference.blocks import AttentionStage, PlainAFNB, PlainAPNB, PyramidPooling
 from annnet_kernels.reference.truth import pooling_matrix
@@ -199,15 +200,14 @@ class Pair(nn.Module):
     def __init__(self, fusion: nn.Module, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.fusion = fusion
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.context = nn.Sequential(nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1))
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        out: Tensor = self.conv(self.fusion(low, high))
-        return out
+        return context_of(self.fusion, self.context, low, high)
 
-    def convolution_behind_fusion(self) -> nn.Conv2d:
+    def convolution_behind_fusion(self) -> nn.Module:
         """What ``ak.fold_for_inference`` asks a model for."""
-        return self.conv
+        return self.context[0]
 
 
 def _pair_of(block: Callable[[Case], nn.Module]) -> Callable[[Case], nn.Module]:

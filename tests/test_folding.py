@@ -79,7 +79,26 @@ def train_and_back(net):
     net.train().eval()
 
 
-@pytest.mark.parametrize("change", [optimizer_step, load, train_and_back])
+def assign(net):
+    net.load_state_dict({key: value * 1.25 for key, value in net.state_dict().items()}, assign=True)
+
+
+def other_parameter(net):
+    net.fusion.stages[0].W.weight = nn.Parameter(torch.randn_like(net.fusion.stages[0].W.weight))
+
+
+def other_convolution(net):
+    net.context[0] = nn.Conv2d(*net.context[0].weight.shape[1::-1], 3, padding=1).double()
+
+
+def norm_in_training_mode(net):
+    net.fusion.conv_bn_dropout[1].train()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [optimizer_step, load, train_and_back, assign, other_parameter, other_convolution, norm_in_training_mode],
+)
 def test_a_change_undoes_the_fold(change, monkeypatch):
     net, x = model()
     ak.fold_for_inference(net)
@@ -88,8 +107,35 @@ def test_a_change_undoes_the_fold(change, monkeypatch):
     expected = copy.deepcopy(net)(x)
     with torch.no_grad():
         torch.testing.assert_close(net(x), expected)
-    assert type(net.context[0]) is nn.Conv2d
-    assert "_fold" not in vars(net.context[0])
+
+
+def test_a_merged_block_still_returns_its_own_output():
+    net, x = model()
+    with torch.no_grad():
+        low, high = net.backbone(x)
+        expected = net.fusion(low, high)
+        ak.fold_for_inference(net)
+        torch.testing.assert_close(net.fusion(low, high), expected)
+
+
+def test_parameters_handed_to_one_call_are_used():
+    block, _ = build("AFNB")
+    twin = copy.deepcopy(block)
+    randomise(twin)
+    maps = draw_maps("AFNB")
+    ak.fold_for_inference(block.eval())
+    with torch.no_grad():
+        found = torch.func.functional_call(block, twin.state_dict(), tuple(maps))
+        torch.testing.assert_close(found, twin.eval()(*maps))
+
+
+def test_a_model_made_of_inference_tensors_folds():
+    with torch.inference_mode():
+        block = ak.APNB(4, 4, 4, 4).eval()
+        x = torch.randn(1, 4, 5, 5)
+        expected = block(x)
+        ak.fold_for_inference(block)
+        torch.testing.assert_close(block(x), expected)
 
 
 def test_gradients_and_compiled_code_do_not_use_a_fold(monkeypatch):
@@ -141,6 +187,12 @@ def test_replaced_blocks_fold_and_restoring_unfolds(monkeypatch):
     ak.restore_blocks(block)
     assert type(block) is PlainAFNB
     assert "_fold" not in vars(block)
+
+
+def test_an_active_dropout_is_not_folded_away():
+    block = ak.AFNB(4, 4, 4, 4, 4, dropout=0.5).eval()
+    block.conv_bn_dropout[-1].train()
+    assert "Dropout2d is in training mode" in str(ak.fold_for_inference(block))
 
 
 def test_what_cannot_be_folded_is_named():
