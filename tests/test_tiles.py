@@ -27,18 +27,19 @@ def test_a_chunk_is_a_power_of_two_with_little_padding(channels, widest):
     tokens=st.integers(1, 5000),
     kind=st.sampled_from(KINDS),
     backward=st.booleans(),
+    normalised=st.booleans(),
     strided=st.booleans(),
     capability=st.sampled_from(list(CAPABILITIES)),
 )
-def test_operands_of_a_stage_fit_shared_memory(key, value, tokens, kind, backward, strided, capability):
+def test_operands_of_a_stage_fit_shared_memory(key, value, tokens, kind, backward, normalised, strided, capability):
     dtype, precision = kind
     shared = CAPABILITIES[capability] * 1024
-    tile = attention_tile(key, value, tokens, dtype, precision, backward, strided, capability, shared)
+    tile = attention_tile(key, value, tokens, dtype, precision, backward, normalised, strided, capability, shared)
     assert tile.tokens in (64, 128)
     assert tile.tokens >= min(tokens, 128)
     operands = (tile.pixels + tile.tokens) * max(tile.key_chunk, tile.value_chunk) * dtype.itemsize
     assert operands * tile.stages <= shared
-    sums = token_gradient_tile(key, tokens, dtype, precision, backward, shared)
+    sums = token_gradient_tile(key, tokens, dtype, precision, normalised, shared)
     assert sums.pixels * (sums.tokens + sums.chunk) * dtype.itemsize * sums.stages <= shared
 
 
@@ -46,11 +47,14 @@ def test_operands_of_a_stage_fit_shared_memory(key, value, tokens, kind, backwar
 @pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=str)
 def test_sizes_of_an_image_choose_nothing_and_tokens_little(dtype, precision, capability):
     tiles = {
-        attention_tile(256, 512, tokens, dtype, precision, backward, False, capability, CAPABILITIES[capability] * 1024)
+        attention_tile(
+            256, 512, tokens, dtype, precision, backward, normalised, False, capability, CAPABILITIES[capability] * 1024
+        )
         for tokens in range(1, 1025)
         for backward in (False, True)
+        for normalised in (False, True)
     }
-    assert len(tiles) <= 6
+    assert len(tiles) <= 12  # three classes of tokens, forward or backward, normalised or not
 
 
 @given(

@@ -127,7 +127,7 @@ def plan_forward(
 ) -> list[Launch]:
     """out = softmax(scale · QKᵀ) V + addend."""
     maps = (map_argument(query), map_argument(addend), map_argument(out))
-    tile = _tile(maps, key, value, precision, False, device)
+    tile = _tile(maps, norm, key, value, precision, False, device)
     blocks = query.shape[0] * -(-logsumexp.shape[1] // tile.pixels)
     if blocks == 0:
         return []
@@ -164,7 +164,7 @@ def plan_backward(
     """The gradients that are not None; ``dquery`` is that of the normalised query."""
     batch, pixels = logsumexp.shape
     maps = grad_map, query_map, dquery_map = map_argument(grad), map_argument(query), map_argument(dquery)
-    tile = _tile(maps, key, value, precision, True, device)
+    tile = _tile(maps, norm, key, value, precision, True, device)
     one_block = key.shape[2] <= tile.tokens
     blocks = batch * -(-pixels // tile.pixels)
     if blocks == 0 or (dquery is None and dkey is None and dvalue is None):
@@ -268,7 +268,13 @@ def _token_gradient(
 
 
 def _tile(
-    maps: Sequence[Map], key: Tensor, value: Tensor, precision: str, backward: bool, device: Device
+    maps: Sequence[Map],
+    norm: Norm | None,
+    key: Tensor,
+    value: Tensor,
+    precision: str,
+    backward: bool,
+    device: Device,
 ) -> AttentionTile:
     return attention_tile(
         key.shape[1],
@@ -277,6 +283,7 @@ def _tile(
         key.dtype,
         precision,
         backward,
+        norm is not None,
         any(m.row_stride is not None for m in maps),
         device.capability,
         device.shared_memory,
@@ -305,20 +312,31 @@ def _tile_constants(query: Tensor, key: Tensor, value: Tensor, tile: AttentionTi
 
 _SIZES = {"channels_last": (97, 97), "NCHW aligned": (96, 96), "NCHW odd": (97, 97), "strided": (97, 97)}
 _DTYPES = ((torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32"))
+_ALL_GRADIENTS = (True, True, True)
 _BLOCK_WIDTHS = (256, 512, 110)
-_OTHER_WIDTHS = ((80, 19, 110), (256, 256, 50), (256, 256, 300))
-"""(Ck, Cv, T): of the blocks; masked channels, a short block of tokens, several blocks of tokens."""
+_MANY_TOKENS = (256, 2048, 300)
+_OTHER_WIDTHS = ((80, 19, 110), (13, 16, 110), (256, 256, 50), (48, 96, 1024))
+"""(Ck, Cv, T): of the blocks; several blocks of tokens; chunks of every size, whole and masked, and a short block of
+tokens."""
 
 
 def launch_variants(device: Device) -> Iterator[tuple[str, str, Launch]]:
-    """(dtype, layout, launch) of everything that gets code of its own on ``device``."""
-    every_need = list(itertools.product((True, False), repeat=3))
+    """(dtype, layout, launch) of everything that gets code of its own on ``device``.
+
+    A backward without some of its gradients is the whole one with code left out, and the code of float16 is that of
+    bfloat16 but for the type of its instructions: there, one layout stands for all.
+    """
     for (dtype, precision), layout in itertools.product(_DTYPES, _SIZES):
+        channels_last = layout == "channels_last"
+        if dtype == torch.float16 and not channels_last:
+            continue
+        needs = tuple(itertools.product((True, False), repeat=3)) if channels_last else (_ALL_GRADIENTS,)
+        others = _OTHER_WIDTHS if layout in ("channels_last", "NCHW odd") else ()
         examples = [
-            _Example(_BLOCK_WIDTHS, layout, "token-major", normalised=False, needs=every_need),
-            _Example(_BLOCK_WIDTHS, layout, "channel-major", normalised=False),
-            _Example(_BLOCK_WIDTHS, layout, "token-major", normalised=True, needs=every_need),
-            *(_Example(widths, layout, "token-major", normalised=n) for widths in _OTHER_WIDTHS for n in (False, True)),
+            _Example(_BLOCK_WIDTHS, layout, needs=needs),
+            _Example(_BLOCK_WIDTHS, layout, needs=needs, normalised=True, addends=("none", "map", "constant")),
+            _Example(_BLOCK_WIDTHS, layout, tokens="channel-major"),
+            *(_Example(w, layout, normalised=n) for w in (_MANY_TOKENS, *others) for n in (False, True)),
         ]
         for example in examples:
             label = f"{layout}, {example.tokens} tokens{', normalised' * example.normalised}"
@@ -332,9 +350,10 @@ class _Example:
 
     widths: tuple[int, int, int]
     layout: str
-    tokens: str
-    normalised: bool
-    needs: Sequence[Sequence[bool]] = ((True, True, True),)
+    tokens: str = "token-major"
+    normalised: bool = False
+    addends: Sequence[str] = ("map",)
+    needs: Sequence[Sequence[bool]] = (_ALL_GRADIENTS,)
     batch: int = 8
 
     def launches(self, dtype: torch.dtype, precision: str, device: Device) -> list[Launch]:
@@ -350,8 +369,9 @@ class _Example:
         logsumexp = like.new_empty((self.batch, height * width), dtype=torch.float32)
         norm = Norm(*[like.new_empty(key_channels, dtype=torch.float32)] * 4) if self.normalised else None
         launches = []
-        for addend in (None, out) if self.normalised else (None,):
-            launches += plan_forward(query, norm, key, value, addend, 1.0, out, logsumexp, precision, device)
+        addends = {"none": None, "map": out, "constant": out.new_empty(value_channels, 1, 1).expand_as(out)}
+        for addend in self.addends if self.normalised else ("none",):
+            launches += plan_forward(query, norm, key, value, addends[addend], 1.0, out, logsumexp, precision, device)
         gradients = (
             empty_map(like, (self.batch, key_channels, height, width), is_channels_last(query)),
             empty_tokens(like, *key.shape),

@@ -47,6 +47,12 @@ def token_count(LEVELS: tl.constexpr):
 
 
 @triton.jit
+def token_index(i, j, transposed, LEVELS: tl.constexpr, level: tl.constexpr):
+    """Number of the token of bin (i, j) of the walk, whose rows are the map's columns where it is ``transposed``."""
+    return LEVELS[level][2] + tl.where(transposed != 0, j * LEVELS[level][0] + i, i * LEVELS[level][1] + j)
+
+
+@triton.jit
 def partial_slot(i, split, j, tile, n_splits, n_tiles, LEVELS: tl.constexpr, level: tl.constexpr):
     """Index of the partial sum of bin (i, j) in a split and a tile: those of earlier levels come first."""
     row_cuts, column_cuts = n_splits - 1, n_tiles - 1
@@ -78,6 +84,7 @@ def _write_row_bin(
     part,
     n_splits,
     n_tiles,
+    transposed,
     LEVELS: tl.constexpr,
     level: tl.constexpr,
     INNER: tl.constexpr,
@@ -93,14 +100,14 @@ def _write_row_bin(
         total = tl.sum(tl.where(inside[None, :], sums, 0.0), axis=1)
         if (row_start >= top) & (row_end <= bottom) & (start >= left) & (end <= right):
             mean = total * (1.0 / ((row_end - row_start) * (end - start)).to(tl.float32))
-            token = LEVELS[level][2] + i * COLUMNS + j
+            token = token_index(i, j, transposed, LEVELS, level)
             store_channels(out + token * n_channels, mean, channels, n_channels, INNER, VECTOR)
         else:
             slot = partial_slot(i, split, j, tile, n_splits, n_tiles, LEVELS, level)
             store_channels(partial + slot * n_channels, total, channels, n_channels, INNER, VECTOR)
 
 
-@triton.jit(do_not_specialize=run_time("x"), do_not_specialize_on_alignment=_POINTERS)
+@triton.jit(do_not_specialize=[*run_time("x"), "transposed"], do_not_specialize_on_alignment=_POINTERS)
 def pyramid_pool_fwd_kernel(
     x_ptr,
     mean_ptr,
@@ -114,6 +121,7 @@ def pyramid_pool_fwd_kernel(
     width,
     tile_columns,
     split_rows,
+    transposed,
     x_batch_stride: tl.int64,
     x_channel_stride: tl.int64,
     x_row_stride: tl.int64,
@@ -129,6 +137,7 @@ def pyramid_pool_fwd_kernel(
     """Every token of x, or of relu((x − mean) · invstd · weight + bias) where the vectors (C,) are given.
 
     Grid: (B · ⌈C / BLOCK_CHANNELS⌉ · R · K,). x (B, C, H, W) by strides, out (B, T, C), partial (B, slots, C) float32.
+    ``transposed``: x comes with rows and columns exchanged, ``LEVELS`` too, but tokens are numbered as ever.
     """
     batch, first_channel, tile, split = own_part(
         n_channels, height, width, tile_columns, split_rows, INNER, BLOCK_CHANNELS
@@ -186,7 +195,7 @@ def pyramid_pool_fwd_kernel(
                 while (start <= r) & (tl.minimum(end, bottom) == r + 1):
                     _write_row_bin(
                         total, i, start, end, out, partial, channels, columns, n_channels, width, part, n_splits,
-                        n_tiles, LEVELS, level, INNER, VECTOR,
+                        n_tiles, transposed, LEVELS, level, INNER, VECTOR,
                     )  # fmt: skip
                     i += 1
                     start, end, following = bin_edges(i, height, LEVELS[level][0])
@@ -229,7 +238,7 @@ def _combine_token(
         tl.store(out, mean.to(out.dtype.element_ty), mask=exists)
 
 
-@triton.jit(do_not_specialize=run_time(), do_not_specialize_on_alignment=_POINTERS)
+@triton.jit(do_not_specialize=[*run_time(), "transposed"], do_not_specialize_on_alignment=_POINTERS)
 def pyramid_pool_combine_kernel(
     partial_ptr,
     out_ptr,
@@ -238,6 +247,7 @@ def pyramid_pool_combine_kernel(
     width,
     tile_columns,
     split_rows,
+    transposed,
     LEVELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
@@ -258,7 +268,10 @@ def pyramid_pool_combine_kernel(
     for level in tl.static_range(len(LEVELS)):
         index = token - LEVELS[level][2]
         if (index >= 0) & (index < LEVELS[level][0] * LEVELS[level][1]):
+            # The bins side by side in the order of tokens are those of one row, or of one column.
+            per_line = tl.where(transposed != 0, LEVELS[level][0], LEVELS[level][1])
+            line, place = index // per_line, index % per_line
             _combine_token(
-                index // LEVELS[level][1], index % LEVELS[level][1], out, partial, n_channels, exists, height, width,
-                tile_columns, split_rows, LEVELS, level,
+                tl.where(transposed != 0, place, line), tl.where(transposed != 0, line, place), out, partial,
+                n_channels, exists, height, width, tile_columns, split_rows, LEVELS, level,
             )  # fmt: skip

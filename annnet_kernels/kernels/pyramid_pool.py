@@ -15,7 +15,7 @@ from .operands import Norm
 from .pool_kernels import pyramid_pool_combine_kernel, pyramid_pool_fwd_kernel
 from .pool_spread_kernels import pyramid_pool_bwd_kernel
 from .pool_walk import NORM
-from .tiles import PoolTile, least_pool_rows, pool_split_rows, pool_tile, pool_tile_columns
+from .tiles import PoolTile, least_pool_rows, pool_cut_cost, pool_split_rows, pool_tile, pool_tile_columns
 
 _COMBINE_CHANNELS, _COMBINE_WARPS = 128, 1
 LEAST_SPREAD_ROWS = 16
@@ -133,6 +133,9 @@ def plan_forward(
     """out = tokens of x, or of the normalised and rectified x. ``out`` is token-major."""
     if x.shape[0] == 0:
         return []
+    transposed = _is_low(x, heights, widths, norm is None)
+    if transposed:
+        x, heights, widths = x.transpose(2, 3), widths, heights
     layout = layout_of(x)
     tile = pool_tile(layout.inner, layout.vector, x.dtype, light=norm is None)
     parts = parts_of(x, layout, tile, least_pool_rows(x.shape[3], widths, x.dtype), device)
@@ -146,6 +149,7 @@ def plan_forward(
         "out_ptr": out,
         "partial_ptr": partial,
         **parts.sizes,
+        "transposed": int(transposed),
         **stride_arguments("x", x),
         "LEVELS": levels,
         **tile_arguments(layout, tile),
@@ -160,12 +164,24 @@ def plan_forward(
             "partial_ptr": partial,
             "out_ptr": out,
             **parts.sizes,
+            "transposed": int(transposed),
             "LEVELS": levels,
             "BLOCK_CHANNELS": _COMBINE_CHANNELS,
         }
         grid = (num_tokens(heights, widths), -(-x.shape[1] // _COMBINE_CHANNELS), x.shape[0])
         launches.append(Launch(pyramid_pool_combine_kernel, grid, arguments, _COMBINE_WARPS, 1))
     return launches
+
+
+def _is_low(x: Tensor, heights: Sequence[int], widths: Sequence[int], light: bool) -> bool:
+    """Whether a map has so few rows that its walk goes from left to right: cuts cost less there, and too much here."""
+    layout = layout_of(x)
+    columns = pool_tile(layout.inner, layout.vector, x.dtype, light).columns
+    cost, other = (
+        pool_cut_cost(x.shape[a], x.shape[b], bins, columns, x.dtype)
+        for a, b, bins in ((2, 3, heights), (3, 2, widths))
+    )
+    return other < cost > 0.1
 
 
 def plan_backward(
@@ -221,10 +237,12 @@ def launch_variants(device: Device) -> Iterator[tuple[str, str, Launch]]:
 
 
 def layout_examples(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """A meta map of every layout class."""
+    """A meta map of every layout class; float16 moves as bfloat16 does, and one layout stands for all."""
     shape = (8, 256, 97, 97)
     like = torch.empty(0, dtype=dtype, device="meta")
     yield "channels_last", empty_map(like, shape, True)
+    if dtype == torch.float16:
+        return
     yield "channels_last, odd", empty_map(like, (8, 19, 97, 97), True)
     yield "nchw", empty_map(like, (8, 256, 128, 256), False)
     yield "nchw, odd", empty_map(like, shape, False)

@@ -14,8 +14,8 @@ import torch
 # Attention
 
 _ALL_REGISTERS = 255
-"""Left to itself, ptxas holds some kernels to 80 or 128 registers and spills a few values beyond: float32 without
-tensor cores, and token gradients of a normalised map."""
+"""Left to itself, ptxas holds some kernels to 80 or 128 registers and spills a few values beyond: float32, the forward
+of normalised queries, and token gradients of a normalised map."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ def attention_tile(
     dtype: torch.dtype,
     precision: str,
     backward: bool,
+    normalised: bool,
     strided: bool,
     capability: tuple[int, int],
     shared_memory: int,
@@ -47,28 +48,43 @@ def attention_tile(
     Args:
         precision: ``"tf32"`` or ``"ieee"``; the latter keeps float32 away from tensor cores.
         backward: whether logits and their gradients are held at once.
+        normalised: whether queries are normalised as they are loaded.
         strided: whether a map needs two strides to walk its pixels.
         shared_memory: bytes that one block may use.
     """
     # More than 128 tokens are walked in blocks; 64 spare the small pyramids half of the padding.
     block_tokens = 64 if tokens <= 64 else 128
+    several_blocks = tokens > block_tokens
+    # Beside the logits, the forward of one block of tokens holds next to nothing.
+    heavy = backward or several_blocks
+    warp_level = capability[0] not in (9, 10)
     registers = None
     if dtype.itemsize == 2:
         # 128 pixels × 128 tokens fill 64 registers per thread with logits; chunks of 256 spill. A third stage hides
         # more latency where there is memory for it.
-        widest, pixels, stages = 64, 128, 3 if shared_memory > 128 * 1024 else 2
-        heavy = backward or tokens > block_tokens
-        # Operands of warp-level matrix instructions pass through registers, as do channels that no 16-byte load fits.
-        through_registers = capability[0] not in (9, 10) or key_channels % 8 or value_channels % 8
-        if heavy and (through_registers or strided):
+        widest_key, widest_value, pixels, stages = 64, 64, 128, 3 if shared_memory > 128 * 1024 else 2
+        # Hopper's matrix instructions read shared memory: registers are left for twice the pixels, unless channels that
+        # no 16-byte load fits, two strides, or normalised queries in a loop over tokens pass through them.
+        through_registers = key_channels % 8 or value_channels % 8 or strided or (normalised and several_blocks)
+        if heavy and (capability[0] != 9 or through_registers):
             pixels = 64
+        # Half a chunk of queries less in registers makes 180 of 255 and a spill (sm_120).
+        if (warp_level or strided) and (normalised or several_blocks):
+            widest_key, registers = 32, None if backward else _ALL_REGISTERS
     elif precision == "tf32":
-        widest, pixels, stages = 32, 64 if backward else 128, 2
+        widest_key, widest_value, pixels, stages = 32, 32, 64 if heavy or strided else 128, 2
+        if not heavy:
+            registers = _ALL_REGISTERS
+        elif capability[0] != 9:
+            # Wider chunks or twice the pixels spill a few values with any limit of registers (sm_86, sm_120).
+            widest_key, widest_value, pixels, registers = 16, 16, 32, _ALL_REGISTERS
     else:
         # Without tensor cores a product is unrolled into fused multiply-adds: short chunks keep the operands few.
-        widest, pixels, stages = 16, 32 if backward else 64, 2
+        widest_key, widest_value, pixels, stages = 16, 16, 32 if heavy else 64, 2
+        if heavy and strided:
+            pixels = 16
         registers = _ALL_REGISTERS
-    key_chunk, value_chunk = channel_chunk(key_channels, widest), channel_chunk(value_channels, widest)
+    key_chunk, value_chunk = channel_chunk(key_channels, widest_key), channel_chunk(value_channels, widest_value)
     return AttentionTile(pixels, block_tokens, key_chunk, value_chunk, 8, stages, registers)
 
 
@@ -161,6 +177,15 @@ def pool_tile_columns(width: int, columns: int, multiple: int) -> int:
     """Columns per tile, as even as ``multiple`` allows."""
     tiles = -(-width // columns)
     return -(-width // (tiles * multiple)) * multiple
+
+
+def pool_cut_cost(height: int, width: int, heights: Sequence[int], columns: int, dtype: torch.dtype) -> float:
+    """Bytes of the partial sums on the cuts between tiles of columns, over those of the map.
+
+    A cut crosses one column bin per level, and each of its tokens becomes two partial sums in float32.
+    """
+    cuts = -(-width // columns) - 1
+    return 8 * sum(heights) * cuts / (height * width * dtype.itemsize)
 
 
 def pool_split_rows(height: int, programs: int, multiprocessors: int, least: int) -> int:

@@ -30,6 +30,7 @@ SHAPES = [
     (1, 7, 5, 3),  # fewer rows and columns than bins
     (1, 5, 1, 20),
     (1, 3, 20, 1),
+    (1, 9, 2, 70),  # walked from left to right
     (1, 2, 1, 1),
     (1, 64, 33, 40),  # columns in several tiles, and a multiple of a vector
 ]
@@ -62,10 +63,11 @@ def test_accuracy_of_gradient_layouts(grad_layout, layout):
     assert_pool_accurate((2, 16, 9, 11), torch.float32, "triton", layout, grad_layout, SHORT, DEVICE, SEEDS)
 
 
+@pytest.mark.parametrize("height", [17, 2])
 @pytest.mark.parametrize("sizes", [(1,), (11,), ((2, 5), 3), (1, 2, 3, 6), (40, 2)], ids=str)
-def test_accuracy_of_pyramids(sizes):
+def test_accuracy_of_pyramids(sizes, height):
     assert_pool_accurate(
-        (1, 8, 17, 41), torch.float32, "triton", "channels_last", sizes=sizes, device=DEVICE, seeds=SEEDS
+        (1, 8, height, 41), torch.float32, "triton", "channels_last", sizes=sizes, device=DEVICE, seeds=SEEDS
     )
 
 
@@ -81,6 +83,13 @@ def test_maps_are_cut(layout):
     assert main.arguments["split_rows"] < 97
     assert main.arguments["tile_columns"] < 80
     assert combine.kernel.__name__ == "pyramid_pool_combine_kernel"
+
+
+def test_low_maps_are_walked_from_left_to_right():
+    launch, *_ = forward_plan(random_map((1, 16, 2, 70), torch.float32, "channels_last", DEVICE))
+    assert launch.arguments["transposed"] == 1
+    assert launch.arguments["height"] == 70
+    assert forward_plan(random_map((1, 16, 70, 70), torch.float32))[0].arguments["transposed"] == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -120,11 +129,20 @@ def counted_bytes() -> Iterator[dict[str, int]]:
         yield count
 
 
-@pytest.mark.skipif(not interpreting(), reason="bytes are counted in Triton's interpreter")
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize(("shape", "dtype"), [((1, 64, 97, 97), torch.float16), ((1, 64, 33, 40), torch.float32)])
+counted = pytest.mark.skipif(not interpreting(), reason="bytes are counted in Triton's interpreter")
+COUNTED = [
+    *(((1, 64, 97, 97), torch.float16, layout) for layout in ("nchw", "channels_last")),
+    *(((1, 64, 33, 40), torch.float32, layout) for layout in ("nchw", "channels_last")),
+    *(((1, 64, 1, 97), torch.float32, layout) for layout in ("nchw", "channels_last")),  # fewer pixels than tokens
+    ((1, 64, 1, 97), torch.float16, "channels_last"),
+    ((1, 64, 200, 3), torch.float16, "channels_last"),
+]
+
+
+@counted
+@pytest.mark.parametrize(("shape", "dtype", "layout"), COUNTED, ids=str)
 def test_bytes(shape, dtype, layout):
-    """The forward loads the map once, the backward writes its gradient once; sums of parts and tokens included."""
+    """The forward loads the map once, the backward writes its gradient once and reads no map; parts included."""
     x = random_map(shape, dtype, layout)
     grad = random_token_gradient(1, 64, 110, dtype)
     size = x.numel() * x.element_size()
@@ -142,6 +160,32 @@ def test_bytes(shape, dtype, layout):
     assert 1 <= ratios["forward loads"] <= 1.2
     assert ratios["backward stores"] == 1
     assert backward["load"] <= 4 * tokens.numel() * tokens.element_size()
+
+
+@counted
+@pytest.mark.parametrize("with_map", [False, True])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_bytes_of_rectified(layout, with_map):
+    """Each pass reads y and the other gradient of z, if there is one, once; only the last writes a map, once."""
+    y = random_map((1, 64, 65, 70), torch.float16, layout)
+    norm, means = random_norm(64), torch.randn(2, 64)
+    gradients = random_token_gradient(1, 64, 110, torch.float16), random_map(y.shape, y.dtype, layout)
+    gradients = gradients if with_map else (gradients[0], None)
+    operators, size = torch.ops.annnet, y.numel() * y.element_size()
+    with counted_bytes() as forward:
+        operators.pyramid_pool_bn_relu(y, *norm, SIZES, SIZES)
+    with counted_bytes() as sums:
+        operators.bn_relu_bwd_sums(y, *norm, *gradients, SIZES, SIZES, "triton")
+    with counted_bytes() as backward:
+        operators.bn_relu_bwd_input(y, *norm, *gradients, means, SIZES, SIZES, "triton")
+    loads = [count["load"] / size for count in (forward, sums, backward)]
+    stores = [count["store"] / size for count in (forward, sums, backward)]
+    print(layout, with_map, "loads", [round(x, 3) for x in loads], "stores", [round(x, 3) for x in stores])
+    assert 1 <= loads[0] <= 1.2
+    assert all(1 + with_map <= ratio <= 1.2 + with_map for ratio in loads[1:])
+    assert stores[0] <= 0.2
+    assert stores[1] <= 0.05
+    assert stores[2] == 1
 
 
 # Isolation, determinism, memory
