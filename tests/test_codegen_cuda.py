@@ -10,7 +10,7 @@ if interpreting():
     pytest.skip("the interpreter replaces what Triton would compile", allow_module_level=True)
 pytest.importorskip("triton")
 
-from benchmarks import codegen_cuda
+from benchmarks import codegen, codegen_cuda
 
 
 def test_kernels_are_clean() -> None:
@@ -21,6 +21,7 @@ def test_kernels_are_clean() -> None:
     assert [row["fault"] for row in rows] == [None] * len(rows)
     assert all(row["async_copies"] > 0 for row in rows if row["kernel"] == "pool_planes_kernel")
     assert all(row["shared_bytes"] <= 48 << 10 for row in rows)
+    assert codegen.main(["--module", "cuda", "--kernel", "planes", "--arch", "90", "--jobs", "1"]) == 0
 
 
 def test_faults_are_seen() -> None:
