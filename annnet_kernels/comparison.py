@@ -24,6 +24,9 @@ _TOLERANCE = 1e-8
 _NEGLIGIBLE = 1e-10
 """Absolute: some gradients are zero but for rounding."""
 
+_DROPOUT = 0.4
+"""Of the tail's dropout while comparing; not 0.5, which a dropout that reads no setting has by default."""
+
 
 def difference(
     block: nn.Module, parts_of: Callable[[nn.Module], Parts], replace: Callable[[nn.Module], None]
@@ -70,12 +73,12 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _randomised_copy(block: nn.Module, parts_of: Callable[[nn.Module], Parts]) -> nn.Module:
-    """A copy on the CPU in float64, without hooks or dropout, with random parameters and running statistics."""
+    """A copy on the CPU in float64, without hooks, with random parameters and running statistics; its tail drops."""
     plain = copy.deepcopy(block).to("cpu", torch.float64).requires_grad_()
     generator = torch.Generator().manual_seed(0)
-    dropouts = [module for module in parts_of(plain).tail if isinstance(module, nn.modules.dropout._DropoutNd)]
-    for dropout in dropouts:  # one inside of the block stays, and makes the comparison fail
-        dropout.p = 0.0
+    for module in parts_of(plain).tail:
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = _DROPOUT
     with torch.no_grad():
         for parameter in plain.parameters():
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
@@ -101,9 +104,10 @@ def _inputs(parts: Parts) -> list[Tensor]:
 
 
 def _results(module: nn.Module, maps: list[Tensor]) -> dict[str, Tensor]:
-    """Output, every gradient (zero where there is none) and every buffer of one call."""
+    """Output, every gradient (zero where there is none) and every buffer of one call, whose dropout draws the same."""
     inputs = [x.clone().requires_grad_() for x in maps]
     module.zero_grad()
+    torch.default_generator.manual_seed(2)  # the CPU's alone: torch.manual_seed reseeds the user's devices, too
     out = module(*inputs)
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
     (out * weights).sum().backward()

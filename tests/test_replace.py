@@ -10,6 +10,7 @@ import published
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from replacement_rule import assert_round_trip, assert_same_state, randomise_output, train
 from torch import nn
 
@@ -101,8 +102,8 @@ def test_comparing_leaves_every_random_generator_and_mode_alone(kind, monkeypatc
     original = type(model[0]).forward
 
     def drawing(self, *maps):
-        draws = torch.rand(1).item() + random.random() + np.random.rand()  # noqa: NPY002
-        return original(self, *maps) + 0 * draws
+        out = original(self, *maps)
+        return out + 0 * (torch.rand(1).item() + random.random() + np.random.rand())  # noqa: NPY002
 
     monkeypatch.setattr(type(model[0]), "forward", drawing)
     model.eval()
@@ -213,6 +214,73 @@ def test_a_parameter_that_is_zero_at_first_hides_nothing():
 def test_a_dropout_inside_is_refused():
     report = ak.replace_blocks(published.DroppingAPNBBlock(10, 7, 8, 5))
     assert "in training mode" in report.skipped[""], str(report)
+
+
+def drops_nothing(join, norm, drop, context, x):
+    return norm(join(torch.cat([context, x], 1)))
+
+
+def drops_the_context(join, norm, drop, context, x):
+    return norm(join(torch.cat([drop(context), x], 1)))
+
+
+def drops_ahead_of_the_norm(join, norm, drop, context, x):
+    return norm(drop(join(torch.cat([context, x], 1))))
+
+
+def drops_twice(join, norm, drop, context, x):
+    return F.dropout2d(drop(norm(join(torch.cat([context, x], 1)))), 0.1, drop.training)
+
+
+def drops_by_default(join, norm, drop, context, x):
+    return F.dropout2d(norm(join(torch.cat([context, x], 1))), training=drop.training)
+
+
+def drops_pixels(join, norm, drop, context, x):
+    return F.dropout(norm(join(torch.cat([context, x], 1))), drop.p, drop.training)
+
+
+def drops_always(join, norm, drop, context, x):
+    return F.dropout2d(norm(join(torch.cat([context, x], 1))), drop.p)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05])
+@pytest.mark.parametrize(
+    "bottleneck",
+    [
+        drops_nothing,
+        drops_the_context,
+        drops_ahead_of_the_norm,
+        drops_twice,
+        drops_by_default,
+        drops_pixels,
+        drops_always,
+    ],
+)
+@pytest.mark.parametrize("kind", ["AFNB", "APNB"])
+def test_a_dropout_that_is_applied_otherwise_is_refused(kind, bottleneck, p):
+    class Block(PlainAFNB if kind == "AFNB" else PlainAPNB):
+        def forward(self, *maps):
+            return bottleneck(*self.conv_bn_dropout, self.stages[0](maps[0], maps[-1]), maps[-1])
+
+    block = Block(6, 10, 12, 8, 5, dropout=p) if kind == "AFNB" else Block(10, 12, 8, 5, dropout=p)
+    report = ak.replace_blocks(block)
+    assert "computes something else" in report.skipped[""], str(report)
+
+
+@pytest.mark.parametrize("drop", [nn.Dropout2d(0.1), nn.Dropout(0.1)], ids=repr)
+@pytest.mark.parametrize("kind", ["MendelXu AFNB", "MendelXu APNB"])
+def test_a_dropout_that_is_applied_as_published_is_replaced_and_draws_the_same(kind, drop):
+    model, maps = build(kind)
+    model[0].conv_bn_dropout[2] = drop
+    twin = copy.deepcopy(model)
+    report = ak.replace_blocks(model)
+    assert "compared" in report.replaced["0"], str(report)
+    assert drop.p == 0.1
+    torch.manual_seed(3)
+    expected = call(twin, maps)
+    torch.manual_seed(3)
+    torch.testing.assert_close(call(model, maps), expected)
 
 
 def test_a_forward_that_raises_is_refused(monkeypatch):
@@ -337,10 +405,6 @@ def test_known_code_is_replaced_without_comparison(known_pasted_code):
         assert "known code" in ak.replace_blocks(block).replaced[""]
 
 
-def longer_projection(block):
-    block.Conv_Key.append(nn.Tanh())
-
-
 def other_scale(block):
     block.key_channels = 4
 
@@ -357,7 +421,13 @@ def stranger_called(block):
     block.__class__ = type("Block", (published.APNBBlock,), {"__call__": lambda self, x: x})
 
 
-@pytest.mark.parametrize("change", [longer_projection, other_scale, other_activation, stranger_inside, stranger_called])
+def test_a_longer_projection_is_left_alone():
+    block = published.APNBBlock(10, 7, 8, 5)
+    block.Conv_Key.append(nn.Tanh())
+    assert "Tanh in a Sequential is no part of the block" in str(ak.replace_blocks(block))
+
+
+@pytest.mark.parametrize("change", [other_scale, other_activation, stranger_inside, stranger_called])
 def test_known_code_around_something_unknown_is_compared(known_pasted_code, change):
     block = published.APNBBlock(10, 7, 8, 5)
     block.key_channels = 8
