@@ -16,7 +16,9 @@ from .collapse import Parts, collapsed_forward, why_plain
 from .dialects import PUBLISHED
 from .folding import Foldable, explain
 from .pyramid import POOL_SIZES
-from .reference.blocks import NormLayer, PlainAFNB, PlainAPNB, PoolSizes
+from .reference.blocks import AttentionStage, NormLayer, PlainAFNB, PlainAPNB, PoolSizes, PyramidPooling
+
+CONTAINERS = (AttentionStage, PyramidPooling, nn.Sequential, nn.ModuleList)
 
 
 class AFNB(Foldable, PlainAFNB):
@@ -99,7 +101,7 @@ class AFNB(Foldable, PlainAFNB):
 
     def parts(self) -> Parts:
         """The modules that the collapse reads."""
-        return PUBLISHED.parts(self)
+        return PUBLISHED.parts(self)._replace(container_types=CONTAINERS)
 
     def extra_repr(self) -> str:
         return explain(self)
@@ -169,7 +171,7 @@ class APNB(Foldable, PlainAPNB):
 
     def parts(self) -> Parts:
         """The modules that the collapse reads."""
-        return PUBLISHED.parts(self)
+        return PUBLISHED.parts(self)._replace(container_types=CONTAINERS)
 
     def extra_repr(self) -> str:
         return explain(self)

@@ -141,7 +141,8 @@ def block_inputs(**inputs: tuple[object, torch.nn.Conv2d]) -> None:
     batch: tuple[str, int] | None = None
     for name, (value, conv) in inputs.items():
         x = feature_map(name, value, channels=conv.in_channels)
-        weight = conv.weight
+        weight = conv._parameters.get("weight")
+        weight = next(conv.parameters()) if weight is None else weight  # reading .weight would run a parametrization
         if x.device != weight.device:
             raise ValueError(f"{name}: expected the device of the block's parameters, {weight.device}, got {x.device}")
         if x.dtype != weight.dtype and autocast_dtype(x.device.type) is None:

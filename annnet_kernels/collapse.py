@@ -50,6 +50,15 @@ class Projection(NamedTuple):
     activation: nn.Module
 
 
+class Weights(NamedTuple):
+    """W_v, W, and the halves W_1 and W_2 of the bottleneck's weight, all as of 1 × 1 convolutions."""
+
+    value: Tensor
+    out: Tensor
+    context: Tensor | None
+    high: Tensor | None
+
+
 class Parts(NamedTuple):
     """The modules of an AFNB or APNB, whatever their names; ``key is query`` in an APNB."""
 
@@ -61,6 +70,7 @@ class Parts(NamedTuple):
     tail: Sequence[nn.Module]
     pools: Sequence[nn.AdaptiveAvgPool2d]
     containers: Sequence[nn.Module]
+    container_types: Sequence[type] | None = None  # what the containers must be; None: as they were when recognised
 
     @property
     def pool_sizes(self) -> list[tuple[int, int]]:
@@ -73,9 +83,9 @@ def collapsed_forward(parts: Parts, low: Tensor, high: Tensor, *, recompute: boo
 
     With ``recompute`` the map ahead of the tail is not kept for the backward pass but made again there.
     """
-    context_weight, high_weight = halves_of(parts)
-    value = _token_values(parts, context_weight, pyramid_pool(low, parts.pool_sizes))
-    product = Product(None if high_weight is None else high, high_weight, constant_of(parts, context_weight))
+    weights = weights_of(parts)
+    value = _token_values(weights, pyramid_pool(low, parts.pool_sizes))
+    product = Product(None if weights.high is None else high, weights.high, constant_of(parts, weights))
     attend = _attention(parts, low, high, value, product)
     out = attend()
     if recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -172,18 +182,15 @@ def _rectified(projection: Projection, x: Tensor, calls: int) -> Tensor:
     return rectified
 
 
-def halves_of(parts: Parts) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """W_1 and W_2 as convolution weights, (C_out, C_out, 1, 1) and (C_out, C_h, 1, 1); None without a bottleneck.
-
-    Split once: each slice of its own would pad its gradient to the whole weight.
-    """
-    if parts.join is None:
-        return None, None
-    first, second = parts.join.weight.split([parts.out.out_channels, parts.query.conv.in_channels], dim=1)
-    return first, second
+def weights_of(parts: Parts) -> Weights:
+    """The weights of the linear maps behind the attention. Each is read once: reading can run a parametrization."""
+    context = high = None
+    if parts.join is not None:  # split once: each slice of its own would pad its gradient to the whole weight
+        context, high = parts.join.weight.split([parts.out.out_channels, parts.query.conv.in_channels], dim=1)
+    return Weights(parts.value.weight, parts.out.weight, context, high)
 
 
-def _token_values(parts: Parts, context_weight: Tensor | None, pooled: Tensor) -> Tensor:
+def _token_values(weights: Weights, pooled: Tensor) -> Tensor:
     """U, (B, C_out, T): pooled features (B, C_l, T) carried through every later projection, in float32 at least.
 
     The rows are few (110 per image), so the products are small; ``multi_dot`` picks the cheapest order by counted
@@ -192,7 +199,7 @@ def _token_values(parts: Parts, context_weight: Tensor | None, pooled: Tensor) -
     """
     batch, _, tokens = pooled.shape
     with no_autocast(pooled.device.type):
-        matrices = matrices_of(parts, context_weight)
+        matrices = matrices_of(weights)
         rows = pooled.transpose(1, 2).flatten(0, 1).to(matrices[0].dtype)
         if torch.compiler.is_compiling():
             values = rows @ matrices[0] @ reduce(torch.matmul, matrices[1:])
@@ -201,20 +208,18 @@ def _token_values(parts: Parts, context_weight: Tensor | None, pooled: Tensor) -
         return values.view(batch, tokens, values.shape[1]).transpose(1, 2)
 
 
-def matrices_of(parts: Parts, context_weight: Tensor | None) -> list[Tensor]:
+def matrices_of(weights: Weights) -> list[Tensor]:
     """W_vᵀ, Wᵀ and, with a bottleneck, W_1ᵀ: their product maps a pooled row to its token; float32 at least."""
-    weights = [parts.value.weight, parts.out.weight]
-    if context_weight is not None:
-        weights.append(context_weight)
-    return [weight.flatten(1).t().to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
+    chain = [weight for weight in weights[:3] if weight is not None]
+    return [weight.flatten(1).t().to(torch.promote_types(weight.dtype, torch.float32)) for weight in chain]
 
 
-def constant_of(parts: Parts, context_weight: Tensor | None) -> Tensor:
+def constant_of(parts: Parts, weights: Weights) -> Tensor:
     """c, (C_out): what the biases amount to once they have passed through A unchanged; float32 at least."""
-    with no_autocast(parts.value.weight.device.type):
-        constant = _affine(parts.out.weight, _bias(parts.value), _bias(parts.out))
-        if context_weight is not None and parts.join is not None:
-            constant = _affine(context_weight, constant, _bias(parts.join))
+    with no_autocast(weights.out.device.type):
+        constant = _affine(weights.out, _bias(parts.value, weights.value), _bias(parts.out, weights.out))
+        if weights.context is not None and parts.join is not None:
+            constant = _affine(weights.context, constant, _bias(parts.join, weights.context))
         return constant
 
 
@@ -222,11 +227,10 @@ def _affine(weight: Tensor, x: Tensor, bias: Tensor) -> Tensor:
     return torch.addmv(bias, weight.flatten(1).to(x.dtype), x)
 
 
-def _bias(conv: nn.Conv2d) -> Tensor:
-    accumulator = torch.promote_types(conv.weight.dtype, torch.float32)
-    if conv.bias is None:
-        return conv.weight.new_zeros(conv.out_channels, dtype=accumulator)
-    return conv.bias.to(accumulator)
+def _bias(conv: nn.Conv2d, weight: Tensor) -> Tensor:
+    accumulator = torch.promote_types(weight.dtype, torch.float32)
+    bias = conv.bias
+    return weight.new_zeros(conv.out_channels, dtype=accumulator) if bias is None else bias.to(accumulator)
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -237,7 +241,12 @@ def why_plain(parts: Parts) -> str | None:
 
     Whoever replaces, hooks or wraps an inner module expects it to be called. None if the collapse may run.
     """
-    for kind, module in _skipped(parts):
+    for container in parts.containers:
+        if parts.container_types is not None and type(container) not in parts.container_types:
+            return f"{type(container).__name__} in the place of a module of the block"
+    skipped = list(_skipped(parts))
+    known = {id(module) for _, module in skipped}
+    for kind, module in skipped:
         actual = type(module)
         if parametrize.is_parametrized(module):
             actual = actual.__bases__[0]
@@ -256,6 +265,10 @@ def why_plain(parts: Parts) -> str | None:
             return f"{name} is no plain 1 × 1 convolution: {module.extra_repr()}"
         if isinstance(module, nn.AdaptiveAvgPool2d) and not _is_fixed(module):
             return f"{name} keeps a dimension of the map: output_size={module.output_size}"
+        if isinstance(module, nn.Sequential):
+            for child in module._modules.values():
+                if id(child) not in known:
+                    return f"{type(child).__name__} in a {name} is no part of the block"
     return None
 
 
@@ -269,7 +282,9 @@ def _skipped(parts: Parts) -> Iterator[tuple[type | None, nn.Module]]:
     for projection in (parts.key, parts.query):
         yield None, projection.norm
         yield None, projection.activation
-    for module in (*parts.containers, *parts.tail):
+    for module in parts.containers:
+        yield nn.Sequential if isinstance(module, nn.Sequential) else None, module
+    for module in parts.tail:
         yield None, module
 
 

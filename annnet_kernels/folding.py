@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .autocast import no_autocast
-from .collapse import HOOKS, Parts, constant_of, halves_of, matrices_of, why_plain
+from .collapse import HOOKS, Parts, constant_of, matrices_of, weights_of, why_plain
 from .functional import pyramid_pool
 from .normalization import (
     FUSABLE_NORMS,
@@ -236,12 +236,12 @@ def why_not_folded(parts: Parts) -> str | None:
 
 def fold_block(parts: Parts) -> FoldedBlock:
     """The weight products of a block in evaluation mode."""
-    context_weight, high_weight = halves_of(parts)
-    token_matrix = torch.linalg.multi_dot(matrices_of(parts, context_weight))
-    constant = constant_of(parts, context_weight)
-    if high_weight is None:
+    weights = weights_of(parts)
+    token_matrix = torch.linalg.multi_dot(matrices_of(weights))
+    constant = constant_of(parts, weights)
+    if weights.high is None:
         return FoldedBlock(token_matrix, None, constant, relu=False)
-    weight = high_weight.to(constant.dtype)
+    weight = weights.high.to(constant.dtype)
     norm: Any = parts.tail[0]
     dtype = constant.dtype
     scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)

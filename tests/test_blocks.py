@@ -11,6 +11,7 @@ from torch import nn
 
 import annnet_kernels as ak
 from annnet_kernels.reference import PlainAFNB, PlainAPNB, truth
+from annnet_kernels.reference.blocks import AttentionStage
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -344,7 +345,46 @@ def other_forward(block):
     block.stages[0].W.forward = lambda x: torch.zeros(x.shape[0], OUT, *x.shape[2:], dtype=x.dtype)
 
 
-@pytest.mark.parametrize("change", [hook, pre_hook, old_weight_norm, other_class, other_forward])
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) + x[:, :OUT]
+
+
+class DoubledStage(AttentionStage):
+    def forward(self, low, high):
+        return 2 * super().forward(low, high)
+
+
+def other_container(block):
+    block.conv_bn_dropout = Residual(*block.conv_bn_dropout.children())
+
+
+def other_stage(block):
+    block.stages[0].__class__ = DoubledStage
+
+
+def longer_projection(block):
+    block.stages[0].f_query.append(nn.Hardtanh(0, 0.1))
+
+
+def longer_norm(block):
+    block.stages[0].f_query[1].append(nn.Hardtanh(0, 0.1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        hook,
+        pre_hook,
+        old_weight_norm,
+        other_class,
+        other_forward,
+        other_container,
+        other_stage,
+        longer_projection,
+        longer_norm,
+    ],
+)
 @pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.filterwarnings("ignore:.*weight_norm")
 def test_a_changed_inner_module_is_called_and_named(kind, change):
@@ -356,6 +396,24 @@ def test_a_changed_inner_module_is_called_and_named(kind, change):
     assert "published forward, because of" in repr(fused)
     maps = draw_maps(kind)
     assert torch.equal(fused(*maps), plain(*maps))
+
+
+class Counted(nn.Module):
+    calls = 0
+
+    def forward(self, weight):
+        self.calls += 1
+        return weight * 2
+
+
+@pytest.mark.parametrize("name", ["f_value", "W"])
+def test_a_parametrization_runs_once_a_forward(name):
+    block, _ = build("AFNB")
+    counted = Counted()
+    torch.nn.utils.parametrize.register_parametrization(getattr(block.stages[0], name), "weight", counted)
+    counted.calls = 0
+    block(*draw_maps("AFNB"))
+    assert counted.calls == 1
 
 
 @pytest.mark.parametrize("kind", CLASSES)
