@@ -186,7 +186,8 @@ def _head_layout(keys: list[str], head: HeadNames, prefix: str) -> Layout | None
     if not any(entry.place in ("head", "pyramid") for entry in located):
         return None
     names = {path.partition(".")[0] for path in (head.fusion, head.pyramid, *head.slots.values())}
-    inside = (prefix,) if prefix else tuple(f"{name}." for name in names)
+    # At the network's root, wrapped or not, the head's parts are beside the backbone.
+    inside = (prefix,) if prefix != root else tuple(f"{prefix}{name}." for name in names)
     others = sorted(present - set(located.values()))
     unknown = [key for key in others if key.startswith(inside) and not key.startswith(root + head.auxiliary_prefix)]
     rest = [key for key in others if key not in set(unknown)]

@@ -128,6 +128,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool) -
     found |= {key: state[origin] for key, origin in surroundings.items()}
     report.loaded |= surroundings
     report.initialised |= {key: "the file's backbone is another" for key in target.rest if key not in surroundings}
+    report.initialised |= {key: "the file's head has no such part" for key in target.unknown}
     report.unused = sorted(state.keys() - {*report.loaded.values(), *report.folded})
     problems += [f"{key} has no place in the model" for key in _left_over(weights, target, source)]
     if strict:
@@ -317,9 +318,17 @@ def _surroundings(
     target: Layout, source: Layout, own: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> dict[str, str]:
     """The model's keys around the head with the file's, if all of them are there with their shapes; else none."""
-    pairs = {key: source.root + key.removeprefix(target.root) for key in target.rest}
-    fits = all(key in state and state[key].shape == own[mine].shape for mine, key in pairs.items() if not _counts(mine))
-    return {mine: key for mine, key in pairs.items() if key in state} if fits else {}
+    pairs = {}
+    for mine in target.rest:
+        relative = mine.removeprefix(
+            target.root
+        )  # the root is a wrapper's, or the head's own and the backbone is beside it
+        key = next((key for key in (source.root + relative, relative, mine) if key in state), None)
+        if key is not None and state[key].shape == own[mine].shape:
+            pairs[mine] = key
+        elif not _counts(mine):
+            return {}
+    return pairs
 
 
 def _counts(key: str) -> bool:

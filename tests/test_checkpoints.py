@@ -173,6 +173,71 @@ def test_a_block_takes_its_part_of_a_networks_file(kind, tmp_path):
     assert "cls.weight" in report.unused
 
 
+class Holding(nn.Module):
+    """A network as an attribute, as trainers keep it."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.net = held
+
+
+class Beside(nn.Module):
+    """The head as one attribute, the backbone as another."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.backbone, held.backbone = held.backbone, nn.Module()
+        self.head = held
+
+
+WRAPPERS = {
+    "bare": lambda held: held,
+    "compiled": torch.compile,
+    "DataParallel": nn.DataParallel,
+    "attribute": Holding,
+    "attributes": lambda held: Holding(Holding(held)),
+    "beside": Beside,
+    "mmseg": lambda held: held,
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("around_model", [name for name in WRAPPERS if name != "mmseg"])
+@pytest.mark.parametrize("around_file", WRAPPERS)
+def test_a_network_is_loaded_with_its_backbone_whatever_holds_it(around_file, around_model, strict, tmp_path):
+    source, target = net(), net()
+    expected = dict(source.state_dict())
+    state = WRAPPERS[around_file](source).state_dict()
+    file = save(ak.to_dialect(state, "mmseg") if around_file == "mmseg" else state, tmp_path / "net.pth")
+    if around_file != "beside":
+        made = ak.ANNNet.from_checkpoint(file, backbone=TinyBackbone(), strict=True)
+        assert_same(made.backbone.state_dict(), source.backbone.state_dict())
+    if around_file == "mmseg":  # it has no biases ahead of norms
+        expected = {key: x for key, x in expected.items() if key.startswith(("backbone.", "cls."))}
+    holder = WRAPPERS[around_model](target)
+    report = ak.load_checkpoint(holder, file, strict=strict)
+    assert set(report.loaded) == set(holder.state_dict())
+    assert not report.initialised
+    assert not report.unused
+    if around_model == "beside":
+        target.backbone = holder.backbone
+    got = target.state_dict()
+    assert_same({key: got[key] for key in expected}, expected)
+
+
+def test_a_part_that_only_the_models_head_has_is_reported_and_strictly_refused(tmp_path):
+    file = save(net().state_dict(), tmp_path / "net.pth")
+    target = net()
+    target.fusion.extra = nn.Linear(2, 2)
+    report = ak.load_checkpoint(target, file)
+    assert set(report.initialised) == {"fusion.extra.weight", "fusion.extra.bias"}
+    assert "kept as initialised: fusion.extra.bias, fusion.extra.weight (the file's head has no such part)" in str(
+        report
+    )
+    with pytest.raises(ValueError, match=r"fusion\.extra\.bias.*would stay as initialised"):
+        ak.load_checkpoint(target, file, strict=True)
+
+
 def without(state, prefix):
     return {key: tensor for key, tensor in state.items() if not key.startswith(prefix)}
 
