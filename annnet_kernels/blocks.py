@@ -42,8 +42,8 @@ class AFNB(Foldable, PlainAFNB):
             dropout). False returns the context, as the simple published variant does.
         recompute: make the map ahead of the tail again in the backward pass instead of keeping it (2048 of the about
             2600 channels per pixel that this block keeps, 512 of an APNB's about 790, in float32). Its price is one
-            more product of ``high`` and one more attention forward. Compiled code ignores it. An attribute of the
-            same name can be set at any time.
+            more product of ``high`` and one more attention forward. Compiled code ignores it; activation checkpointing
+            recomputes all by itself and needs it off. An attribute of the same name can be set at any time.
 
     Shapes:
         low (B, low_in_channels, H_l, W_l), high (B, high_in_channels, H, W) → (B, out_channels, H, W). Any strides;

@@ -69,17 +69,20 @@ def normalization(norm: Any, y: Tensor, *, shift: Tensor | None = None, calls: i
         mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
         return Normalization(mean, torch.rsqrt(var + norm.eps), weight, bias, None, None, None)
     local = y.shape[0] * y.shape[2] * y.shape[3]
-    if local <= 1:
+    group = _shared_by(norm)
+    if local == 1 and group is None:
         raise ValueError(
             f"expected more than one value per channel for batch statistics in training, got shape {tuple(y.shape)}"
         )
     with torch.no_grad():
-        mean, var = torch.ops.annnet.batch_norm_statistics(y).unbind()
-        group = _shared_by(norm)
+        statistics = torch.ops.annnet.batch_norm_statistics(y) if local else weight.new_zeros(2, y.shape[1])
+        mean, var = statistics.unbind()
         samples: int | Tensor = local
         if group is not None:
             mean, var, samples = _merge_statistics(mean, var, local, group)
-        if norm.training and norm.running_mean is not None:
+        elif local == 0 and norm.training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(calls)  # all that PyTorch does for a batch of nothing
+        if norm.training and norm.running_mean is not None and (local or group is not None):
             batch_mean = mean if shift is None else mean + shift.to(dtype)
             for _ in range(calls):
                 _update_running_statistics(norm, batch_mean, var * (samples / (samples - 1)))
@@ -99,7 +102,7 @@ def _update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, unbiased_var:
 
 def _shared_by(norm: nn.Module) -> Any:
     """The process group whose processes share the statistics of ``norm``; None for one process."""
-    if type(norm) is not nn.SyncBatchNorm or not (dist.is_available() and dist.is_initialized()):
+    if type(norm) is not nn.SyncBatchNorm or not norm.training or not (dist.is_available() and dist.is_initialized()):
         return None
     group = norm.process_group if norm.process_group is not None else dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None

@@ -6,6 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import annnet_kernels as ak
+from annnet_kernels import normalization as normalization_module
 from annnet_kernels.normalization import apply_tail, normalization
 from annnet_kernels.reference import PlainAFNB, PlainAPNB
 from benchmarks import measure
@@ -125,6 +126,26 @@ def test_a_convolution_bias_ahead_of_batch_statistics_gets_a_zero_gradient():
 def test_one_value_per_channel_has_no_statistics():
     with pytest.raises(ValueError, match=r"more than one value per channel .* got shape \(1, 4, 1, 1\)"):
         ak.APNB(4, 4, 4, 4)(torch.randn(1, 4, 1, 1))
+
+
+@pytest.mark.parametrize(("fused", "plain"), [(ak.APNB, PlainAPNB), (ak.AFNB, PlainAFNB)])
+def test_a_batch_of_nothing_trains_as_published(fused, plain):
+    found = []
+    for kind in (fused, plain):
+        block = kind(*[4] * (4 if kind in (ak.APNB, PlainAPNB) else 5))
+        maps = [torch.randn(0, 4, 5, 5, requires_grad=True) for _ in range(1 if kind in (ak.APNB, PlainAPNB) else 2)]
+        out = block(*maps)
+        out.sum().backward()
+        found.append((out, dict(block.named_buffers()), [p.grad for p in block.parameters()]))
+    torch.testing.assert_close(*found)
+
+
+def test_a_synchronised_norm_in_evaluation_keeps_to_its_own_process(monkeypatch):
+    norm = nn.SyncBatchNorm(4, track_running_stats=False, process_group=object())
+    monkeypatch.setattr(normalization_module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(normalization_module.dist, "get_world_size", lambda group: 2)
+    assert normalization_module._shared_by(norm.train()) is norm.process_group
+    assert normalization_module._shared_by(norm.eval()) is None
 
 
 def test_second_derivatives_of_a_block_are_refused():
