@@ -175,8 +175,8 @@ def to_dialect(state_dict: Mapping[str, Tensor], dialect: str) -> dict[str, Tens
     Raises:
         TypeError: an argument is not as described.
         ValueError: an unknown dialect, a state dict without block, two copies of a shared projection that disagree,
-            or a block that the dialect cannot hold (mmsegmentation has one width for keys and values, and like
-            PaddleSeg no block without bottleneck).
+            or a block that the dialect cannot hold (mmsegmentation has one width for keys and values, no bias ahead of
+            a norm without running mean, and like PaddleSeg no block without bottleneck).
 
     Example:
         >>> import annnet_kernels as ak
@@ -192,6 +192,9 @@ def to_dialect(state_dict: Mapping[str, Tensor], dialect: str) -> dict[str, Tens
     _refuse_what_has_no_form(weights, dialect)
     wanted = {made for entry in weights for made in (entry, *_companions(entry)) if _has(dialect, made)}
     _fit(weights, wanted, "state_dict")
+    for entry, (origin, _) in weights.items():
+        if entry not in wanted and not _counts(origin):
+            raise ValueError(f"state_dict: {origin} has no place in {dialect}, nor a running mean to be folded into")
     converted = {key: state[key] for key in (*source.rest, *source.unknown)}
     for entry, weight in weights.items():
         if entry in wanted:

@@ -310,6 +310,26 @@ def test_dialects_refuse_what_they_cannot_hold():
         ak.to_dialect([1], "mmseg")
 
 
+@pytest.mark.parametrize(
+    "norm_layer",
+    [
+        lambda c: nn.GroupNorm(1, c),
+        lambda c: nn.InstanceNorm2d(c),
+        lambda c: nn.BatchNorm2d(c, track_running_stats=False),
+    ],
+    ids=["GroupNorm", "InstanceNorm", "BatchNorm"],
+)
+def test_a_bias_that_no_running_mean_can_take_is_never_dropped(norm_layer, tmp_path):
+    source = randomised(ak.APNB(6, 6, 5, 5, norm_layer=norm_layer))
+    for dialect in ("mendelxu", "paddleseg"):
+        assert len(ak.to_dialect(source.state_dict(), dialect)) == len(source.state_dict())
+    with pytest.raises(ValueError, match=r"state_dict: stages\.0\.f_key\.0\.bias has no place in mmseg"):
+        ak.to_dialect(source.state_dict(), "mmseg")
+    target = randomised(ak.APNB(6, 6, 5, 5, norm_layer=norm_layer))
+    ak.load_checkpoint(target, save(source.state_dict(), tmp_path / "block.pth"), strict=True)
+    assert_same(target.state_dict(), source.state_dict())
+
+
 def changed(state, **changes):
     """A copy with some keys replaced; None drops one. ``__`` stands for a dot."""
     copied = dict(state)
