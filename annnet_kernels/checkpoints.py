@@ -101,8 +101,10 @@ def load_checkpoint(
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool) -> CheckpointReport:
     """:func:`load_checkpoint` of a file that has been read."""
-    own = {key: x for key, x in model.state_dict().items() if isinstance(x, Tensor)}
+    own = {key: x for key, x in model.state_dict(keep_vars=True).items() if isinstance(x, Tensor)}
     target = _located(own, "block_or_model")
+    if target.block is not None:
+        target = _located(own, "block_or_model", _kind_of(target, own))
     source = _located(state, "path", target.block)
     if target.block is None and source.block is not None:
         raise ValueError("path: expected the weights of a whole head, got those of a single block")
@@ -137,6 +139,15 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool) -
         raise ValueError(f"path: {_listed(problems, '; ')}")
     model.load_state_dict(model.state_dict() | found)
     return report
+
+
+def _kind_of(target: Layout, own: Mapping[str, Tensor]) -> str:
+    """Which block a module is on its own: the query and key of a pyramid block are one module, not equal ones."""
+    for entry, key in target.keys.items():
+        twin = target.keys.get(entry._replace(slot=entry.slot.replace("key.", "query.")))
+        if twin is not None and own[twin] is not own[key]:
+            return "fusion"
+    return "pyramid"
 
 
 def _left_over(weights: Mapping[Entry, _Weight], target: Layout, source: Layout) -> list[str]:

@@ -263,6 +263,25 @@ def test_two_copies_of_a_shared_projection_must_agree(key, tmp_path):
         ak.to_dialect(net().state_dict() | {f"context.2.{name}": tensor for name, tensor in state.items()}, "mmseg")
 
 
+ALIKE = {
+    "ours": lambda: ak.AFNB(12, 12, 12, 5, 5),
+    "published": lambda: published.AFNB(12, 12, 12, 5, 5, 0.0),
+    "no bottleneck": lambda: ak.AFNB(12, 12, 12, 5, 5, bottleneck=False),
+    "compiled": lambda: torch.compile(ak.AFNB(12, 12, 12, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", ALIKE)
+def test_equal_weights_of_query_and_key_make_no_pyramid_block(kind, tmp_path):
+    source, target = randomised(ALIKE[kind]()), ALIKE[kind]()
+    with torch.no_grad():
+        for parameter in target.parameters():
+            parameter.fill_(0.25)
+    for _ in range(2):  # the second time query and key differ already
+        ak.load_checkpoint(target, save(source.state_dict(), tmp_path / "block.pth"))
+        assert_same(target.state_dict(), source.state_dict())
+
+
 @pytest.mark.parametrize("dialect", ["mmseg", "mendelxu", "paddleseg"])
 def test_there_and_back_again(dialect, tmp_path):
     source, target = net(), net()
