@@ -41,7 +41,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         content = _read_paddle(file) if file.suffix == ".pdparams" else _read_torch(file)
     except Exception as error:  # loaders raise a dozen kinds on damaged files
         raise ValueError(f"path: {file} cannot be read as weights: {_first_line(error)}") from error
-    state = state_dict_of(content)
+    state = state_dict_of(content, "path")
     if state is None:
         found = f"keys {', '.join(map(repr, list(content)[:5]))}" if isinstance(content, Mapping) else type(content)
         expected = f"a state dict, alone or under {' or '.join(map(repr, CONTAINERS))}"
@@ -49,13 +49,20 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return state
 
 
-def state_dict_of(content: object) -> dict[str, Tensor] | None:
-    """The tensors of what a file holds, by keys without wrappers' prefixes; None if there are none."""
+def state_dict_of(content: object, argument: str) -> dict[str, Tensor] | None:
+    """The tensors of what a file holds, by keys without wrappers' prefixes; None if there are none.
+
+    Raises:
+        ValueError: what a module's key holds is an array.
+    """
     for container in CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):
             content = content[container]
     if not isinstance(content, Mapping):
         return None
+    for key, value in content.items():
+        if isinstance(value, (np.ndarray, _IgnoredArray)) and "." in str(key):  # without a dot, it is beside weights
+            raise ValueError(f"{argument}: {key}: expected a tensor, got a NumPy array")
     tensors = {_unwrapped(key): x for key, x in content.items() if isinstance(key, str) and isinstance(x, Tensor)}
     return tensors or None
 
@@ -80,21 +87,25 @@ class _Ignored:
         pass
 
 
+class _IgnoredArray(_Ignored):
+    """Stands for an array, which is refused in the place of a weight."""
+
+
 _BESIDE_WEIGHTS = (
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    "numpy.core.multiarray._reconstruct",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray._reconstruct",
-    "numpy._core.multiarray.scalar",
-    "numpy.dtype",
-    "numpy.ndarray",
-    "builtins.getattr",
+    (_Ignored, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (_IgnoredArray, "numpy.core.multiarray._reconstruct"),
+    (_Ignored, "numpy.core.multiarray.scalar"),
+    (_IgnoredArray, "numpy._core.multiarray._reconstruct"),
+    (_Ignored, "numpy._core.multiarray.scalar"),
+    (_Ignored, "numpy.dtype"),
+    (_Ignored, "numpy.ndarray"),
+    (_Ignored, "builtins.getattr"),
 )
 """What MMEngine's runner stores with the weights: its message hub. None of it is called: it is read as nothing."""
 
 
 def _read_torch(file: Path) -> object:
-    with torch.serialization.safe_globals([(_Ignored, name) for name in _BESIDE_WEIGHTS]):
+    with torch.serialization.safe_globals(list(_BESIDE_WEIGHTS)):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 

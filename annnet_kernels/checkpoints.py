@@ -195,7 +195,7 @@ def to_dialect(state_dict: Mapping[str, Tensor], dialect: str) -> dict[str, Tens
         ['bottleneck.bn.bias', 'bottleneck.bn.num_batches_tracked']
     """
     checks.one_of("dialect", dialect, DIALECTS)
-    state = state_dict_of(state_dict)
+    state = state_dict_of(state_dict, "state_dict")
     if state is None:
         raise TypeError(f"state_dict: expected a state dict of tensors, got {type(state_dict).__name__}")
     source = _located(state, "state_dict")

@@ -509,6 +509,32 @@ def test_arrays_of_anything_but_numbers_are_refused(tmp_path):
             ak.load_checkpoint(ak.APNB(6, 6, 5, 5), write_all(tmp_path / "net.pdparams", {"bad": value}))
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_an_array_in_the_place_of_a_weight_is_named(container, zipped, tmp_path):
+    block = ak.APNB(6, 6, 5, 5)
+    state = CONTAINERS[container](changed(block.state_dict(), stages__0__W__weight=np.ones((6, 5, 1, 1), np.float32)))
+    torch.save(state, tmp_path / "block.pth", _use_new_zipfile_serialization=zipped)
+    check = unchanged(block)
+    expected = r"stages\.0\.W\.weight: expected a tensor, got a NumPy array"
+    with pytest.raises(ValueError, match=f"path: .*{expected}"):
+        ak.load_checkpoint(block, tmp_path / "block.pth")
+    check()
+    with pytest.raises(ValueError, match=f"state_dict: .*{expected}"):
+        ak.to_dialect(state, "mmseg")
+
+
+def test_arrays_beside_weights_are_read_over(tmp_path):
+    source, target = randomised(ak.APNB(6, 6, 5, 5)), ak.APNB(6, 6, 5, 5)
+    state = source.state_dict()
+    for content in (
+        {**state, "classes": np.ones(2), "best": np.float64(0.7)},
+        {"state_dict": state, "a.b": np.ones(2)},
+    ):
+        ak.load_checkpoint(target, save(content, tmp_path / "block.pth"))
+        assert_same(target.state_dict(), state)
+
+
 def test_what_mmengine_stores_beside_weights_is_read_over(tmp_path):
     logging = pytest.importorskip("mmengine.logging", reason="needs MMEngine's history buffers")
     source, target = randomised(ak.APNB(6, 6, 5, 5)), ak.APNB(6, 6, 5, 5)
