@@ -100,7 +100,8 @@ def restore_blocks(model: nn.Module) -> ReplacementReport:
     for name, block in model.named_modules():
         if isinstance(block, _FusedForward):
             block.unfold()
-            vars(block).pop("_fold", None)
+            for attribute in ("_fold", "recompute"):
+                vars(block).pop(attribute, None)
             block.__class__ = type(block).original  # type: ignore[assignment]
             report.replaced[name] = f"{type(block).__name__} restored"
     return report
@@ -117,8 +118,9 @@ def _accepted(block: nn.Module, names: BlockNames, verify: bool) -> str:
         reason = unsupported_setting(block, names) or why_plain(parts)
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         reason = f"not built as expected: {error}"
-    if reason is None and "forward" in vars(block):
-        reason = "has a forward of its own"
+    for attribute in ("forward", "recompute"):
+        if reason is None and attribute in vars(block):
+            reason = f"has a {attribute} of its own"
     if reason is not None:
         raise _Refusal(reason)
     if is_published(block, names, parts):

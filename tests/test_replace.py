@@ -86,6 +86,7 @@ def test_nothing_visible_changes(kind):
     call(model, maps)
     assert seen == [1]
     ak.fold_for_inference(model.eval())
+    block.recompute = True
     ak.restore_blocks(model)
     assert type(model[0]) is original
     assert set(vars(block)) == attributes
@@ -318,6 +319,14 @@ def test_a_block_whose_forward_was_patched_is_left_alone():
     block = PlainAPNB(10, 10, 8, 5)
     block.forward = lambda x: x
     assert "has a forward of its own" in ak.replace_blocks(block).skipped[""]
+
+
+def test_a_block_with_a_recompute_of_its_own_is_left_alone():
+    block = published.APNB(10, 7, 8, 5, 0.0)
+    block.recompute = "its own setting"
+    assert "has a recompute of its own" in ak.replace_blocks(block).skipped[""]
+    ak.restore_blocks(block)
+    assert block.recompute == "its own setting"
 
 
 def test_an_odd_structure_is_left_alone_and_named():
