@@ -14,8 +14,8 @@ import torch
 # Attention
 
 _ALL_REGISTERS = 255
-"""Left to itself, ptxas holds some kernels to 80 or 128 registers and spills a few values beyond: float32, the forward
-of normalised queries, and token gradients of a normalised map."""
+"""Left to itself, ptxas holds some kernels to 80 or 128 registers and spills a few values beyond: float32, normalised
+queries, and token gradients."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,11 @@ def attention_tile(
             pixels = 64
         # Half a chunk of queries less in registers makes 180 of 255 and a spill (sm_120).
         if (warp_level or strided) and (normalised or several_blocks):
-            widest_key, registers = 32, None if backward else _ALL_REGISTERS
+            widest_key = 32
+            if not backward:
+                registers = _ALL_REGISTERS
+            elif not several_blocks:
+                widest_value, registers = 32, _ALL_REGISTERS
     elif precision == "tf32":
         widest_key, widest_value, pixels, stages = 32, 32, 64 if heavy or strided else 128, 2
         if not heavy:
@@ -119,10 +123,10 @@ def token_gradient_tile(
         # A column chunk of 128 reads the probabilities once per 128 channels; 64 pixels × 3 stages are 96 KiB.
         chunk = channel_chunk(channels, 64 if normalised else 128)
         stages = 3 if shared_memory > 128 * 1024 else 2
-        return TokenGradientTile(64, block_tokens, chunk, 8, stages, _ALL_REGISTERS if normalised else None)
+        return TokenGradientTile(64, block_tokens, chunk, 8, stages, _ALL_REGISTERS)
     chunk = channel_chunk(channels, 64)
     if precision == "tf32":
-        return TokenGradientTile(32, block_tokens, chunk, 8, 2, None)
+        return TokenGradientTile(32, block_tokens, chunk, 8, 2, _ALL_REGISTERS)
     return TokenGradientTile(16, block_tokens, chunk, 8, 2, _ALL_REGISTERS)
 
 
