@@ -20,7 +20,7 @@ from .providers import EFFORTS
 from .runner import Options
 from .session import Session, load
 
-QUICK_SECONDS = 100.0  # of the two minutes that --quick promises; start-up, plots and one late case need the rest
+QUICK_SECONDS = 90.0  # of the two minutes that --quick promises; start-up, plots and one late case need the rest
 
 
 def main(arguments: list[str] | None = None) -> int:

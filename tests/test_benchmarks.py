@@ -540,7 +540,9 @@ class TestCases:
         for subject in cases.BLOCKS:
             for case in cases.select(["quick"], [subject]):
                 present = {p.name for p in providers.providers(case, "quick")}
-                assert {OURS, PLAIN, "plain compiled", "SDPA on pooled keys", providers.NAIVE} <= present
+                assert {OURS, PLAIN, "SDPA on pooled keys", providers.NAIVE} <= present
+                compiles = (subject, case.training) == ("APNB", False)  # it takes a large part of a quick run
+                assert ("plain compiled" in present) == compiles
 
 
 class TestAccuracy:
