@@ -127,7 +127,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """All that a reader needs to judge or repeat a measurement."""
     record: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": [_without_folders(argument) for argument in sys.argv],
         "commit": _commit(),
         "device": device.type,
         "device_name": device_name(device),
@@ -185,3 +185,8 @@ def limits(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> dict[str, A
 def _fastest(call: Any, device: torch.device) -> float:
     """Seconds of the fastest of several warm calls: a limit is what the machine can do undisturbed."""
     return min([seconds_of(call, device) for _ in range(12)][2:])
+
+
+def _without_folders(argument: str) -> str:
+    """A path by its last part: where things lie on a machine is nobody's business."""
+    return Path(argument).name if Path(argument).exists() else argument
