@@ -82,6 +82,11 @@ struct PoolProblem {
 
   int64_t units() const { return images * units_per_image; }
 
+  int64_t elements() const {
+    return images * args.channels * args.rows.segment_start[args.rows.segments] *
+           args.columns.segment_start[args.columns.segments];
+  }
+
   PoolUnit unit(int64_t index) const {
     const int64_t channel = index % units_per_image * args.block;
     return {index / units_per_image, channel, std::min(args.block, args.channels - channel)};

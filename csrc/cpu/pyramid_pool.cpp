@@ -21,15 +21,15 @@ void pool(const PoolProblem& problem, PyramidPoolKernels::Sum sum) {
   const auto finish = kernels().pyramid_pool.finish[problem.dtype];
   const int64_t segment_bytes = problem.segment_bytes();
   const int64_t unit_bytes = args.rows.segments * segment_bytes;
-  const int64_t grain = problem.grain(args.rows.segment_start[args.rows.segments]);
+  const int64_t height = args.rows.segment_start[args.rows.segments];
 
   const int64_t threads = at::get_num_threads();
-  if (problem.units() % threads == 0 || problem.units() >= 8 * threads || problem.units() <= grain) {
-    at::parallel_for(0, problem.units(), grain, [&](int64_t begin, int64_t end) {
+  if (problem.units() % threads == 0 || problem.units() >= 8 * threads || problem.elements() <= kGrain) {
+    at::parallel_for(0, problem.units(), problem.grain(height), [&](int64_t begin, int64_t end) {
       const at::Tensor bins = scratch_memory(unit_bytes), scratch = scratch_memory(problem.scratch_bytes());
       for (int64_t index = begin; index < end; ++index) {
         sum(args, problem.unit(index), 0, args.rows.segments, address(bins), address(scratch));
-        finish(args, problem.unit(index), address(bins));
+        finish(args, problem.unit(index), 0, args.rows.bins, address(bins));
       }
     });
     return;
@@ -42,9 +42,11 @@ void pool(const PoolProblem& problem, PyramidPoolKernels::Sum sum) {
       char* target = address(bins, (index - begin) * unit_bytes + first * segment_bytes);
       sum(args, problem.unit(index), first, last, target, scratch);
     });
-    at::parallel_for(begin, end, 1, [&](int64_t first, int64_t last) {
-      for (int64_t index = first; index < last; ++index)
-        finish(args, problem.unit(index), address(bins, (index - begin) * unit_bytes));
+    at::parallel_for(begin * args.rows.bins, end * args.rows.bins, 1, [&](int64_t first, int64_t last) {
+      for (int64_t bin = first; bin < last; ++bin) {
+        const int64_t index = bin / args.rows.bins, row_bin = bin % args.rows.bins;
+        finish(args, problem.unit(index), row_bin, row_bin + 1, address(bins, (index - begin) * unit_bytes));
+      }
     });
   }
 }

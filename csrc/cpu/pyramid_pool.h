@@ -68,8 +68,8 @@ struct PoolUnit {
 struct PyramidPoolKernels {
   // Sums the row segments first … last - 1 of a unit into `bins`, columns.bins × block accumulators per row segment.
   using Sum = void (*)(const PoolArgs&, PoolUnit, int64_t first, int64_t last, void* bins, void* scratch);
-  // Makes the tokens of a unit from the bins of all its row segments.
-  using Finish = void (*)(const PoolArgs&, PoolUnit, const void* bins);
+  // Makes the tokens of the row bins first … last - 1 of a unit from the bins of all its row segments.
+  using Finish = void (*)(const PoolArgs&, PoolUnit, int64_t first, int64_t last, const void* bins);
   // Writes the gradient of the row segments first … last - 1 of a unit.
   using Spread = void (*)(const PoolArgs&, PoolUnit, int64_t first, int64_t last, void* scratch);
 

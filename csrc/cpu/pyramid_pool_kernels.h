@@ -176,40 +176,31 @@ void sum_rows(const PoolArgs& args, PoolUnit unit, int64_t first, int64_t last, 
   }
 }
 
-// Adds neighbouring pixels to `sums`: `count` ≤ lanes channels of each.
-template <class T, class Read>
-ANNNET_INLINE void add_pixels(const T* source, int64_t stride, int64_t pixels, int64_t count, const Read& read,
-                              Acc<T>* sums) {
-  Vec<T> sum = load(sums);
-  for (int64_t x = 0; x < pixels; ++x) {
-    prefetch(source + x * stride);
-    sum += read(load_lanes(source + x * stride, 1, count));
-  }
-  store(sums, sum);
-}
-
-// Channels of one pixel lie together: the lanes. Three neighbouring pixels, say, are added to the sums of a segment at
-// a time, which stay in the first-level cache.
+// Channels of one pixel lie together: the lanes. The map is read in the order of memory, a pixel at a time, and added
+// to the sums of its segment, which stay in the first-level cache: 512 × 97 × 97 in float32, one thread, from memory,
+// took 0.48 ms, as long as reading alone; a vector of channels of three neighbours at a time 0.79 ms, and of nine 1.12
+// ms.
 template <class T, template <class> class Read>
 void sum_channels(const PoolArgs& args, PoolUnit unit, int64_t first, int64_t last, void* bins, void* scratch) {
   const PoolAxis& columns = args.columns;
   const T* map = static_cast<const T*>(args.map.data) + unit.image * args.map.batch + unit.channel;
   Acc<T>* segments = static_cast<Acc<T>*>(scratch);
   for (int64_t row = first; row < last; ++row) {
-    for (int64_t s = 0; s < columns.segments; ++s) {
-      Acc<T>* sums = segments + s * args.block;
-      const int64_t pixels = columns.segment_start[s + 1] - columns.segment_start[s];
-      const T* source = map + columns.segment_start[s] * args.map.column;
-      memset(sums, 0, static_cast<size_t>(args.block) * sizeof(Acc<T>));
-      for (int64_t y = args.rows.segment_start[row]; y < args.rows.segment_start[row + 1]; ++y) {
-        const T* line = source + y * args.map.row;
-        const auto add = [&](int64_t c, int64_t count) {
-          const auto read = Read<T>::of_channels(args.norm, unit.channel + c, count);
-          add_pixels(line + c, args.map.column, pixels, count, read, sums + c);
-        };
-        int64_t c = 0;
-        for (; c + kLanes<T> <= unit.count; c += kLanes<T>) add(c, kLanes<T>);
-        if (c < unit.count) add(c, unit.count - c);
+    memset(segments, 0, static_cast<size_t>(columns.segments * args.block) * sizeof(Acc<T>));
+    for (int64_t y = args.rows.segment_start[row]; y < args.rows.segment_start[row + 1]; ++y) {
+      const T* pixel = map + y * args.map.row;
+      for (int64_t s = 0; s < columns.segments; ++s) {
+        Acc<T>* sums = segments + s * args.block;
+        for (int64_t x = columns.segment_start[s]; x < columns.segment_start[s + 1]; ++x, pixel += args.map.column) {
+          const auto add = [&](int64_t c, int64_t count) {
+            const auto read = Read<T>::of_channels(args.norm, unit.channel + c, count);
+            prefetch(pixel + c);
+            store(sums + c, load(sums + c) + read(load_lanes(pixel + c, 1, count)));
+          };
+          int64_t c = 0;
+          for (; c + kLanes<T> <= unit.count; c += kLanes<T>) add(c, kLanes<T>);
+          if (c < unit.count) add(c, unit.count - c);
+        }
       }
     }
     bins_from_segments<T>(columns, args.block, segments, args.block,
@@ -218,10 +209,10 @@ void sum_channels(const PoolArgs& args, PoolUnit unit, int64_t first, int64_t la
 }
 
 template <class T>
-void finish(const PoolArgs& args, PoolUnit unit, const void* bins) {
+void finish(const PoolArgs& args, PoolUnit unit, int64_t first_row_bin, int64_t last_row_bin, const void* bins) {
   T* tokens = static_cast<T*>(args.tokens.data) + unit.image * args.tokens.batch + unit.channel * args.tokens.channel;
   const int64_t per_segment = args.columns.bins * args.block;
-  for (int64_t row_bin = 0; row_bin < args.rows.bins; ++row_bin) {
+  for (int64_t row_bin = first_row_bin; row_bin < last_row_bin; ++row_bin) {
     const PoolLevel& level = args.levels[args.row_bin_level[row_bin]];
     const Acc<T>* first = static_cast<const Acc<T>*>(bins) + args.rows.bin_first[row_bin] * per_segment;
     const int64_t segments = args.rows.bin_last[row_bin] - args.rows.bin_first[row_bin];
