@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 try:
@@ -172,8 +173,14 @@ class LeaveOut(build_ext):
         leave_out("the C++ extension", "the build environment has no torch")
 
 
+class AskForExtension(build):
+    """Runs build_ext without any extension: the wheel is of any platform then, and LeaveOut still speaks."""
+
+    sub_commands = [(name, None if name == "build_ext" else needed) for name, needed in build.sub_commands]
+
+
 if torch is None:
-    extensions, command = [Extension(NAME, sources=[], optional=True)], LeaveOut
+    extensions, commands = [], {"build": AskForExtension, "build_ext": LeaveOut}
 else:
 
     class Build(cpp_extension.BuildExtension.with_options(use_ninja=cpp_extension.is_ninja_available())):
@@ -216,10 +223,10 @@ else:
             Path(self.get_ext_fullpath(NAME)).with_suffix(".json").write_text(json.dumps(record) + "\n")
             return None
 
-    extensions, command = [cpu_extension()], Build
+    extensions, commands = [cpu_extension()], {"build_ext": Build}
 
 if os.environ.get("ANNNET_NATIVE") == "0":
-    extensions = []
+    extensions, commands = [], {}
 
 if __name__ == "__main__":
-    setup(ext_modules=extensions, cmdclass={"build_ext": command})
+    setup(ext_modules=extensions, cmdclass=commands)
