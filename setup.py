@@ -176,7 +176,7 @@ class LeaveOut(build_ext):
 class AskForExtension(build):
     """Runs build_ext without any extension: the wheel is of any platform then, and LeaveOut still speaks."""
 
-    sub_commands = [(name, None if name == "build_ext" else needed) for name, needed in build.sub_commands]
+    sub_commands = tuple((name, None if name == "build_ext" else needed) for name, needed in build.sub_commands)
 
 
 if torch is None:
