@@ -53,6 +53,14 @@ def uses_batch_statistics(norm: nn.Module) -> bool:
     return norm.training or norm.running_mean is None
 
 
+class Statistics(NamedTuple):
+    """Mean and biased variance (C) of a map, float32 at least, and the number of values behind each."""
+
+    mean: Tensor
+    var: Tensor
+    samples: int | Tensor
+
+
 def normalization(norm: Any, y: Tensor, *, shift: Tensor | None = None, calls: int = 1) -> Normalization:
     """The normalisation that ``norm`` applies to ``y``, leaving the running statistics of ``calls`` calls behind.
 
@@ -62,31 +70,51 @@ def normalization(norm: Any, y: Tensor, *, shift: Tensor | None = None, calls: i
         shift: that bias, which enters the running mean only.
         calls: how often the published block calls ``norm`` on this map.
     """
-    dtype = torch.promote_types(y.dtype, torch.float32)
-    weight = y.new_ones(y.shape[1], dtype=dtype) if norm.weight is None else norm.weight.to(dtype)
-    bias = y.new_zeros(y.shape[1], dtype=dtype) if norm.bias is None else norm.bias.to(dtype)
     if not uses_batch_statistics(norm):
-        mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
-        return Normalization(mean, torch.rsqrt(var + norm.eps), weight, bias, None, None, None)
-    local = y.shape[0] * y.shape[2] * y.shape[3]
-    group = _shared_by(norm)
-    if local == 1 and group is None:
+        return by_running_statistics(norm, y)
+    group = shared_by(norm)
+    statistics = local_statistics(y)
+    if group is None and statistics.samples == 1:
         raise ValueError(
             f"expected more than one value per channel for batch statistics in training, got shape {tuple(y.shape)}"
         )
+    if group is not None:
+        moments = moments_of(statistics)
+        dist.all_reduce(moments, group=group)
+        statistics = statistics_of(moments, statistics.mean.dtype)
+    return by_batch_statistics(norm, y, statistics, shift, calls, group)
+
+
+def by_running_statistics(norm: Any, y: Tensor) -> Normalization:
+    """What ``norm`` does to ``y`` with frozen statistics."""
+    weight, bias = _affine(norm, y)
+    mean, var = norm.running_mean.to(weight.dtype), norm.running_var.to(weight.dtype)
+    return Normalization(mean, torch.rsqrt(var + norm.eps), weight, bias, None, None, None)
+
+
+def by_batch_statistics(
+    norm: Any, y: Tensor, statistics: Statistics, shift: Tensor | None, calls: int, group: Any
+) -> Normalization:
+    """What ``norm`` does to ``y`` with these statistics, shared by the processes of ``group``; updates its buffers."""
+    weight, bias = _affine(norm, y)
+    mean, var, samples = statistics
     with torch.no_grad():
-        statistics = torch.ops.annnet.batch_norm_statistics(y) if local else weight.new_zeros(2, y.shape[1])
-        mean, var = statistics.unbind()
-        samples: int | Tensor = local
-        if group is not None:
-            mean, var, samples = _merge_statistics(mean, var, local, group)
-        elif local == 0 and norm.training and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(calls)  # all that PyTorch does for a batch of nothing
-        if norm.training and norm.running_mean is not None and (local or group is not None):
-            batch_mean = mean if shift is None else mean + shift.to(dtype)
+        if isinstance(samples, int) and samples == 0:
+            if norm.training and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(calls)  # all that PyTorch does for a batch of nothing
+        elif norm.training and norm.running_mean is not None:
+            batch_mean = mean if shift is None else mean + shift.to(mean.dtype)
             for _ in range(calls):
                 _update_running_statistics(norm, batch_mean, var * (samples / (samples - 1)))
     return Normalization(mean, torch.rsqrt(var + norm.eps), weight, bias, shift, samples, group)
+
+
+def _affine(norm: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a norm of the channels of ``y``, float32 at least."""
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    weight = y.new_ones(y.shape[1], dtype=dtype) if norm.weight is None else norm.weight.to(dtype)
+    bias = y.new_zeros(y.shape[1], dtype=dtype) if norm.bias is None else norm.bias.to(dtype)
+    return weight, bias
 
 
 def _update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, unbiased_var: Tensor) -> None:
@@ -100,7 +128,7 @@ def _update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, unbiased_var:
     norm.running_var.copy_(torch.lerp(norm.running_var.to(mean.dtype), unbiased_var, factor))
 
 
-def _shared_by(norm: nn.Module) -> Any:
+def shared_by(norm: nn.Module) -> Any:
     """The process group whose processes share the statistics of ``norm``; None for one process."""
     if type(norm) is not nn.SyncBatchNorm or not norm.training or not (dist.is_available() and dist.is_initialized()):
         return None
@@ -108,15 +136,28 @@ def _shared_by(norm: nn.Module) -> Any:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def _merge_statistics(mean: Tensor, var: Tensor, samples: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics over the maps of all processes, which may differ in size; moments are merged in float64."""
-    mean64, var64 = mean.double(), var.double()
-    moments = torch.stack([torch.ones_like(mean64), mean64, var64 + mean64.square()]) * samples
-    dist.all_reduce(moments, group=group)
-    total = moments[0, 0]
-    merged_mean = moments[1] / total
-    merged_var = (moments[2] / total - merged_mean.square()).clamp_min(0)
-    return merged_mean.to(mean.dtype), merged_var.to(var.dtype), total.to(mean.dtype)
+def local_statistics(y: Tensor) -> Statistics:
+    """Statistics of the map (B, C, H, W) of this process; zeros where it holds nothing."""
+    with torch.no_grad():
+        samples = y.shape[0] * y.shape[2] * y.shape[3]
+        if samples == 0:
+            mean, var = y.new_zeros(2, y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32)).unbind()
+        else:
+            mean, var = torch.ops.annnet.batch_norm_statistics(y).unbind()
+        return Statistics(mean, var, samples)
+
+
+def moments_of(statistics: Statistics) -> Tensor:
+    """(2C + 1) in float64: count, sums, sums of squares. They add up over maps, which may differ in size."""
+    mean, var = statistics.mean.double(), statistics.var.double()
+    return torch.cat([torch.ones_like(mean[:1]), mean, var + mean.square()]) * statistics.samples
+
+
+def statistics_of(moments: Tensor, dtype: torch.dtype) -> Statistics:
+    """The inverse of :func:`moments_of`."""
+    samples = moments[0]
+    mean, square = (moments[1:] / samples).chunk(2)
+    return Statistics(mean.to(dtype), (square - mean.square()).clamp_min(0).to(dtype), samples.to(dtype))
 
 
 def pool_rectified(y: Tensor, norm: Normalization, pool_sizes: Sequence[tuple[int, int]]) -> Tensor:
@@ -160,15 +201,25 @@ def attend_rectified(
 
 def apply_tail(y: Tensor, norm: Normalization, relu: bool, dropout: nn.Dropout2d | None) -> Tensor:
     """Dropout2d(act(z)), keeping y and one factor per image and channel; without gradients, y becomes it."""
-    channel_scale = None
-    if dropout is not None and dropout.training and dropout.p > 0:
-        # Drawn as Dropout2d draws it for a map of this dtype, so that seeds mean the same.
-        drawn = dropout(y.new_ones(y.shape[0], y.shape[1], 1, 1))
-        channel_scale = drawn.flatten(1).to(norm.mean.dtype)
+    return apply_scaled_tail(y, norm, relu, channel_scale(dropout, y, y.shape[1]))
+
+
+def channel_scale(dropout: nn.Dropout2d | None, like: Tensor, channels: int) -> Tensor | None:
+    """What Dropout2d multiplies a map with the batch and dtype of ``like`` by, (B, channels); None where nothing.
+
+    Drawn as Dropout2d draws it for such a map, so that seeds mean the same.
+    """
+    if dropout is None or not dropout.training or dropout.p == 0:
+        return None
+    drawn: Tensor = dropout(like.new_ones(like.shape[0], channels, 1, 1))
+    return drawn.flatten(1)
+
+
+def apply_scaled_tail(y: Tensor, norm: Normalization, relu: bool, scale: Tensor | None) -> Tensor:
+    """scale · act(z), (B, C) the scale of every image and channel; without gradients, y becomes it."""
+    scale = None if scale is None else scale.to(norm.mean.dtype)
     if not torch.is_grad_enabled():
-        torch.ops.annnet.batch_norm_apply_(y, norm.mean, norm.invstd, norm.weight, norm.bias, channel_scale, relu)
+        torch.ops.annnet.batch_norm_apply_(y, norm.mean, norm.invstd, norm.weight, norm.bias, scale, relu)
         return y
-    out: Tensor = NormalizedTail.apply(
-        y, *norm.vectors, channel_scale, relu, norm.samples, norm.group, requested_backend()
-    )
+    out: Tensor = NormalizedTail.apply(y, *norm.vectors, scale, relu, norm.samples, norm.group, requested_backend())
     return out

@@ -144,8 +144,8 @@ def test_a_synchronised_norm_in_evaluation_keeps_to_its_own_process(monkeypatch)
     norm = nn.SyncBatchNorm(4, track_running_stats=False, process_group=object())
     monkeypatch.setattr(normalization_module.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(normalization_module.dist, "get_world_size", lambda group: 2)
-    assert normalization_module._shared_by(norm.train()) is norm.process_group
-    assert normalization_module._shared_by(norm.eval()) is None
+    assert normalization_module.shared_by(norm.train()) is norm.process_group
+    assert normalization_module.shared_by(norm.eval()) is None
 
 
 def test_second_derivatives_of_a_block_are_refused():
