@@ -1,0 +1,288 @@
+"""Arithmetic of row shards: how the bands that several processes hold of one map make its tokens and its statistics.
+
+A token is a mean over a rectangle, so the tokens of a map are the sum of what each band adds to them, weighted by the
+area of the whole map's bins. A band is pooled by the operators that pool whole maps, with every row as a bin of its
+own: S columns of bins become rows × S tokens. What is left, adding rows to the row bins that hold them, is done on
+these few numbers. So batch norm and ReLU are still applied as a map is read, whatever implementation reads it, and a
+non-finite pixel stays in its bins, which a product with a matrix of bins would not grant.
+
+The price is 18 tokens per row and channel of the usual pyramid, written and read again: 18 / W of the map. An operator
+that knew a row offset would save that, and would have to be written in Triton, C++, CUDA and PyTorch: much, for maps
+that are worth splitting only because they are wide. (Triton compiles a pooling kernel per number of rows in a band.)
+
+Sums over processes are float32 at least, and all that is known at one time goes in one message: see :func:`add_up`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .backends import requested_backend
+from .collapse import Parts, Projection, _made_again, _token_values, constant_of, weights_of
+from .layouts import is_channels_last
+from .normalization import (
+    Normalization,
+    Product,
+    Statistics,
+    apply_scaled_tail,
+    by_batch_statistics,
+    by_running_statistics,
+    channel_scale,
+    local_statistics,
+    moments_of,
+    shared_by,
+    statistics_of,
+    uses_batch_statistics,
+)
+from .ops.normalized import Gradients, NormalizedAttention, _product_backward
+from .pyramid import bin_edges, num_tokens
+
+
+class Band(NamedTuple):
+    """Rows ``top`` to ``top + rows - 1`` of a map of ``height`` rows, and the pyramid of that whole map."""
+
+    top: int
+    rows: int
+    height: int
+    heights: tuple[int, ...]
+    widths: tuple[int, ...]
+
+    @property
+    def row_sizes(self) -> tuple[list[int], list[int]]:
+        """Pool sizes with which every row of the band is a row of bins."""
+        return [self.rows] * len(self.widths), list(self.widths)
+
+    def add_rows(self, lines: Tensor) -> Tensor:
+        """What the band adds to the tokens, (B, T, C): ``lines`` (B, rows · ΣS, C) are its tokens of ``row_sizes``."""
+        tokens = lines.new_zeros(len(lines), num_tokens(self.heights, self.widths), lines.shape[2])
+        for token, line, width, length in self._meetings():
+            tokens[:, token] = lines[:, line].unflatten(1, (-1, width)).sum(1) / length
+        return tokens
+
+    def spread(self, tokens: Tensor) -> Tensor:
+        """The transpose of :meth:`add_rows`, (B, T, C) → (B, rows · ΣS, C)."""
+        lines = tokens.new_zeros(len(tokens), self.rows * sum(self.widths), tokens.shape[2])
+        for token, line, width, length in self._meetings():
+            lines[:, line].unflatten(1, (-1, width)).add_((tokens[:, token] / length)[:, None])
+        return lines
+
+    def _meetings(self) -> Iterator[tuple[slice, slice, int, int]]:
+        """Tokens of each row bin that meets the band, lines of the rows it meets, its column bins, its own rows."""
+        first_token = first_line = 0
+        for height, width in zip(self.heights, self.widths, strict=True):
+            for i, (top, bottom) in enumerate(bin_edges(self.height, height)):
+                start, stop = max(top - self.top, 0), min(bottom - self.top, self.rows)
+                if start < stop:
+                    token, line = first_token + i * width, first_line + start * width
+                    yield (
+                        slice(token, token + width),
+                        slice(line, line + (stop - start) * width),
+                        width,
+                        bottom - top,
+                    )
+            first_token += height * width
+            first_line += self.rows * width
+
+
+def add_up(tensors: Sequence[Tensor], groups: Sequence[Any]) -> list[Tensor]:
+    """Each tensor summed over the processes of its group (None: as it is); one message per group, one dtype each."""
+    sums = list(tensors)
+    for group in dict.fromkeys(groups):
+        mine = [i for i, other in enumerate(groups) if other is group and tensors[i].numel()]
+        if group is None or not mine:
+            continue
+        message = torch.cat([tensors[i].flatten() for i in mine])
+        dist.all_reduce(message, group=group)
+        parts = message.split([tensors[i].numel() for i in mine])
+        for i, part in zip(mine, parts, strict=True):
+            sums[i] = part.view(tensors[i].shape)
+    return sums
+
+
+class Reading(NamedTuple):
+    """A batch norm and the raw map it is about to read: the arguments of ``normalization``."""
+
+    norm: Any
+    y: Tensor
+    shift: Tensor | None = None
+    calls: int = 1
+
+
+def normalizations(readings: Sequence[Reading], group: Any) -> list[Normalization]:
+    """As ``normalization``, for maps of which every process of ``group`` holds a band; what they add up is one message.
+
+    A SyncBatchNorm in training asks its own processes, which those of ``group`` are among.
+    """
+    local: list[Statistics | None] = []
+    groups: list[Any] = []
+    for norm, y, _, _ in readings:
+        batch = uses_batch_statistics(norm)
+        local.append(local_statistics(y) if batch else None)
+        own = shared_by(norm) if batch else None
+        groups.append(own if own is not None or not batch or y.shape[0] == 0 else group)
+    with torch.no_grad():
+        moments = [torch.empty(0) if s is None else moments_of(s) for s in local]
+        totals = add_up(moments, groups)
+    found = []
+    for (norm, y, shift, calls), statistics, total, shared in zip(readings, local, totals, groups, strict=True):
+        if statistics is None:
+            found.append(by_running_statistics(norm, y))
+            continue
+        if shared is not None:
+            statistics = statistics_of(total, statistics.mean.dtype)
+        found.append(by_batch_statistics(norm, y, statistics, shift, calls, shared))
+    return found
+
+
+class ShardedTokens(torch.autograd.Function):
+    """Tokens of ``low``, tokens of the rectified key map, and the query map; both maps raw, each with its norm.
+
+    low (B, C_l, rows, W), key map (B, C_k, rows, W), query map (B, C_k, rows', W') or None, if the key map serves for
+    both → (B, C_l, T) float32 at least, (B, C_k, T), the query map as it came, and ``scale`` (B, C_o) of the group's
+    first process. ``vectors`` are those of the norms of both maps, of one where there is one; ``shared`` their samples
+    and groups.
+
+    What comes back for the query map is the gradient of the rectified one. So each raw map gets its own gradient in
+    one pass over it, whoever reads it, and all that the processes have to add up for it takes two messages.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        low: Tensor,
+        key_y: Tensor,
+        query_y: Tensor | None,
+        scale: Tensor | None,
+        shared: Sequence[tuple[Any, Any]],
+        band: Band,
+        group: Any,
+        backend: str | None,
+        *vectors: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        ctx.constants = shared, band, group, backend
+        ctx.save_for_backward(low, key_y, query_y, *vectors)
+        ops, sizes = torch.ops.annnet, band.row_sizes
+        lines = ops.pyramid_pool(low, *sizes), ops.pyramid_pool_bn_relu(key_y, *vectors[:4], *sizes)
+        wide = torch.promote_types(torch.promote_types(low.dtype, key_y.dtype), torch.float32)
+        tokens = band.add_rows(torch.cat([x.transpose(1, 2).to(wide) for x in lines], dim=2))
+        message, groups = [tokens], [group]
+        if scale is not None:
+            message.append(scale.to(wide) * float(dist.get_rank(group) == 0))
+            groups.append(group)
+        tokens, *first = add_up(message, groups)
+        ctx.mark_non_differentiable(*first)
+        low_tokens, keys = (x.contiguous().transpose(1, 2) for x in tokens.split([low.shape[1], key_y.shape[1]], dim=2))
+        query = key_y if query_y is None else query_y
+        return low_tokens, keys.to(key_y.dtype), query.view_as(query), first[0] if first else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_low: Tensor, grad_keys: Tensor, grad_query: Tensor, *_: Any) -> Gradients:
+        shared, band, group, backend = ctx.constants
+        low, key_y, query_y, *vectors = ctx.saved_tensors
+        ops, sizes = torch.ops.annnet, band.row_sizes
+        tokens = torch.cat([x.transpose(1, 2).to(grad_low.dtype) for x in (grad_low, grad_keys)], dim=2)
+        lines = band.spread(*add_up([tokens], [group]))
+        low_lines, key_lines = (x.transpose(1, 2) for x in lines.split([low.shape[1], key_y.shape[1]], dim=2))
+        dlow = None
+        if ctx.needs_input_grad[0]:
+            dlow = ops.pyramid_pool_bwd(low_lines.to(low.dtype), low.shape[2:], *sizes, is_channels_last(low), backend)
+        readers = [(key_y, *vectors[:4], key_lines.to(key_y.dtype), grad_query if query_y is None else None)]
+        if query_y is not None:
+            readers.append((query_y, *vectors[5:9], None, grad_query))
+        sums = [ops.bn_relu_bwd_sums(*reader, *sizes, backend) for reader in readers]
+        totals = add_up(sums, [processes for _, processes in shared])
+        dys, dvectors = [], []
+        for i, (reader, (samples, _)) in enumerate(zip(readers, shared, strict=True)):
+            means = None if samples is None else totals[i] / samples
+            dys.append(ops.bn_relu_bwd_input(*reader, means, *sizes, backend))
+            shift = vectors[5 * i + 4]
+            dvectors += [None, None, sums[i][1], sums[i][0], None if shift is None else torch.zeros_like(shift)]
+        dquery = dys[1] if query_y is not None else None
+        return dlow, dys[0], dquery, *(None,) * 5, *dvectors  # scale, shared, band, group, backend
+
+
+class RectifiedAttention(NormalizedAttention):
+    """Attention whose gradient of y is that of the rectified query, for :class:`ShardedTokens` to carry on."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Gradients:
+        y, mean, invstd, weight, bias, key, value, logsumexp, x, x_weight = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[i] for i in (0, 6, 7)]
+        gradients = torch.ops.annnet.asymmetric_attention_bn_relu_bwd(
+            grad, y, mean, invstd, weight, bias, key, value, logsumexp, ctx.scale, needs, ctx.constants[-1]
+        )
+        dz, dkey, dvalue = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+        of_product = _product_backward(grad, x, x_weight, ctx.needs_input_grad[8:11])
+        # mean, invstd, weight, bias, shift; samples, group, scale, heights, widths, backend
+        return dz, *(None,) * 5, dkey, dvalue, *of_product, *(None,) * 6
+
+
+def sharded_forward(parts: Parts, low: Tensor, high: Tensor, band: Band, group: Any, recompute: bool) -> Tensor:
+    """The rows of the block's output that belong to this process, (B, C_out, rows', W')."""
+    shared = parts.key is parts.query
+    readings = [_read(parts.key, low, calls=2 if shared else 1)]
+    if not shared:
+        readings.append(_read(parts.query, high, calls=1))
+    norms = normalizations(readings, group)
+    dropout = next((m for m in parts.tail if type(m) is nn.Dropout2d), None)
+    tokens, keys, query, scale = ShardedTokens.apply(
+        low,
+        readings[0].y,
+        None if shared else readings[1].y,
+        channel_scale(dropout, readings[-1].y, parts.out.out_channels),
+        [(norm.samples, norm.group) for norm in norms],
+        band,
+        group,
+        requested_backend(),
+        *(vector for norm in norms for vector in norm.vectors),
+    )
+    weights = weights_of(parts)
+    value = _token_values(weights, tokens)
+    product = Product(None if weights.high is None else high, weights.high, constant_of(parts, weights))
+    attend = partial(_attend, query, norms[-1], keys, value, product)
+    out = attend()
+    if not parts.tail:
+        return out
+    (tail,) = normalizations([Reading(parts.tail[0], out)], group)
+    relu = any(type(m) is nn.ReLU for m in parts.tail)
+    if recompute and torch.is_grad_enabled():
+        with _made_again(out, attend):
+            return apply_scaled_tail(out, tail, relu, scale)
+    return apply_scaled_tail(out, tail, relu, scale)
+
+
+def _read(projection: Projection, x: Tensor, calls: int) -> Reading:
+    """The projection ahead of its batch norm; batch statistics cancel the convolution's bias."""
+    conv, norm = projection.conv, projection.norm
+    if uses_batch_statistics(norm):
+        return Reading(norm, F.conv2d(x, conv.weight), conv.bias, calls)
+    return Reading(norm, F.conv2d(x, conv.weight, conv.bias))
+
+
+def _attend(query: Tensor, norm: Normalization, keys: Tensor, value: Tensor, product: Product) -> Tensor:
+    """A U + product for queries relu(z), all in the dtype of ``query``, the raw map."""
+    out: Tensor
+    out, _, _ = RectifiedAttention.apply(
+        query,
+        *norm.vectors,
+        keys,
+        value.to(query.dtype),
+        *(None if operand is None else operand.to(query.dtype) for operand in product),
+        None,  # samples
+        None,  # group
+        query.shape[1] ** -0.5,
+        [],  # heights
+        [],  # widths
+        requested_backend(),
+    )
+    return out
