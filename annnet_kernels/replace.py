@@ -134,7 +134,8 @@ def _accepted(block: nn.Module, names: BlockNames, verify: bool) -> str:
 
 
 def _replace(block: nn.Module, names: BlockNames) -> None:
-    block.__class__ = _fused_class(type(block), names.dialect, names.kind)
+    containers = dict.fromkeys(type(container) for container in names.parts(block).containers)
+    block.__class__ = _fused_class(type(block), names.dialect, names.kind, tuple(containers))
 
 
 class _FusedForward(Foldable):
@@ -142,6 +143,7 @@ class _FusedForward(Foldable):
 
     original: type[nn.Module]
     names: BlockNames
+    container_types: tuple[type, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         parts = self.parts()
@@ -162,25 +164,28 @@ class _FusedForward(Foldable):
         return args if len(args) == count else None
 
     def parts(self) -> Parts:
-        return type(self).names.parts(self)
+        return type(self).names.parts(self)._replace(container_types=type(self).container_types)
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (type(self).original.extra_repr(self), explain(self))))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        names = type(self).names
-        return _rebuild, (type(self).original, names.dialect, names.kind), self.__dict__.copy()
+        fused, names = type(self), type(self).names
+        return _rebuild, (fused.original, names.dialect, names.kind, fused.container_types), self.__dict__.copy()
 
 
-_fused_classes: dict[tuple[type[nn.Module], str, str], type[nn.Module]] = {}
+_fused_classes: dict[tuple[type[nn.Module], str, str, tuple[type, ...]], type[nn.Module]] = {}
 
 
-def _fused_class(original: type[nn.Module], dialect: str, kind: str) -> type[nn.Module]:
+def _fused_class(
+    original: type[nn.Module], dialect: str, kind: str, container_types: tuple[type, ...]
+) -> type[nn.Module]:
     """The subclass of ``original`` that runs collapsed; made once, so that equal blocks have equal classes."""
-    key = (original, dialect, kind)
+    key = (original, dialect, kind, container_types)
     if key not in _fused_classes:
         members = {
             "original": original,
+            "container_types": container_types,
             "names": next(names for names in BLOCKS if (names.dialect, names.kind) == (dialect, kind)),
             "__module__": original.__module__,
             "__doc__": original.__doc__,
@@ -189,8 +194,8 @@ def _fused_class(original: type[nn.Module], dialect: str, kind: str) -> type[nn.
     return _fused_classes[key]
 
 
-def _rebuild(original: type[nn.Module], dialect: str, kind: str) -> nn.Module:
+def _rebuild(original: type[nn.Module], dialect: str, kind: str, container_types: tuple[type, ...]) -> nn.Module:
     """What pickle and deepcopy call: an empty block of the fused class, whose state they set."""
-    fused = _fused_class(original, dialect, kind)
+    fused = _fused_class(original, dialect, kind, container_types)
     block: nn.Module = fused.__new__(fused)
     return block

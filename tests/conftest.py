@@ -9,3 +9,12 @@ def _fresh_seed(request):
     seed = torch.seed() % 2**31
     torch.manual_seed(seed)
     request.node.add_report_section("setup", "seed", f"torch.manual_seed({seed})")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Where maps are tiny: waking a second thread costs more than it computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

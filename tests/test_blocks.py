@@ -6,82 +6,27 @@ from functools import partial
 
 import pytest
 import torch
+from block_rule import (
+    CLASSES,
+    HIGH,
+    KEY,
+    MAPS,
+    OUT,
+    VALUE,
+    assert_same,
+    build,
+    draw_maps,
+    output_weights,
+    randomise,
+    results,
+)
 from helpers import FACTOR, FLOOR, assert_as_accurate_as_plain
 from torch import nn
 
 import annnet_kernels as ak
-from annnet_kernels.reference import PlainAFNB, PlainAPNB, truth
-from annnet_kernels.reference.blocks import AttentionStage
+from annnet_kernels.reference import truth
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The maps are tiny: waking a second thread costs more than it computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-LOW, HIGH, OUT, KEY, VALUE = 12, 20, 16, 10, 6
-MAPS = {"AFNB": [(2, LOW, 13, 9), (2, HIGH, 9, 17)], "APNB": [(2, HIGH, 9, 17)]}
-CLASSES = {"AFNB": (ak.AFNB, PlainAFNB, (LOW, HIGH, OUT)), "APNB": (ak.APNB, PlainAPNB, (HIGH, OUT))}
-
-
-def build(kind, dropout=0.0, **options):
-    """A plain block with random values wherever a fresh one has zeros or ones, and its fused twin, in float64."""
-    fused_class, plain_class, channels = CLASSES[kind]
-    plain = plain_class(*channels, KEY, VALUE, dropout=dropout, **options).double()
-    randomise(plain)
-    fused = fused_class(*channels, KEY, VALUE, dropout=dropout, **options).double()
-    fused.load_state_dict(plain.state_dict())
-    return fused, plain
-
-
-def randomise(block):
-    """A published block starts with W = 0, which multiplies the attention away: nothing would be tested."""
-    with torch.no_grad():
-        for name, parameter in block.named_parameters():
-            if parameter.dim() == 1:
-                parameter.copy_(torch.randn_like(parameter) * 0.5 + (1.0 if name.endswith("weight") else 0.0))
-        for stage in block.stages:
-            nn.init.normal_(stage.W.weight, std=VALUE**-0.5)
-        for name, buffer in block.named_buffers():
-            if name.endswith("running_mean"):
-                buffer.normal_()
-            elif name.endswith("running_var"):
-                buffer.uniform_(0.5, 2.0)
-
-
-def draw_maps(kind, layout=torch.contiguous_format, enlarge=1):
-    shapes = [(b, c, enlarge * h, enlarge * w) for b, c, h, w in MAPS[kind]]
-    return [torch.randn(shape, dtype=torch.float64).to(memory_format=layout) for shape in shapes]
-
-
-def results(block, maps, weights):
-    """Output, every gradient and every buffer of one call with a fixed weighting of the output."""
-    inputs = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in maps]
-    block.zero_grad()
-    out = block(*inputs)
-    (out * weights.to(out.dtype)).sum().backward()
-    found = {"out": out.detach()}
-    found |= {f"grad input {i}": x.grad for i, x in enumerate(inputs)}
-    found |= {f"grad {name}": p.grad for name, p in block.named_parameters() if p.grad is not None}
-    found |= {name: b for name, b in block.named_buffers()}
-    return found
-
-
-def assert_same(got, want, tolerance=1e-9):
-    assert got.keys() == want.keys()
-    for name, expected in want.items():
-        scale = max(float(expected.double().norm()), 1e-2)  # gradients that cancel to zero compare absolutely
-        difference = float((got[name].double() - expected.double()).norm())
-        assert difference <= tolerance * scale, f"{name}: differs by {difference:.2e}, norm {scale:.2e}"
-
-
-def output_weights(kind, layout=torch.contiguous_format, enlarge=1):
-    height, width = MAPS[kind][-1][2:]
-    return torch.randn(2, OUT, enlarge * height, enlarge * width, dtype=torch.float64).to(memory_format=layout)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---------------------------------------------------------------------------------------------- plain against truth
@@ -272,16 +217,7 @@ def is_zero_gradient(name, expected):
     return weight in expected and float(expected[name].norm()) < 1e-9 * float(expected[weight].norm())
 
 
-@pytest.mark.parametrize("kind", CLASSES)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
-def test_memory_format_is_kept(kind, layout):
-    fused, _ = build(kind)
-    fused.to(memory_format=layout)
-    out = fused(*draw_maps(kind, layout))
-    assert out.is_contiguous(memory_format=layout)
-
-
-# ----------------------------------------------------------------------------------------------- being a good module
+# --------------------------------------------------------------------------------------- compiled, keys and bad input
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -311,120 +247,6 @@ def test_compiles_without_gradients(kind, training):
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(fused, fullgraph=True)(*maps), twin(*maps))
     torch.testing.assert_close(dict(fused.named_buffers()), dict(twin.named_buffers()))
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kind", CLASSES)
-def test_shapes_follow_without_data(kind, training):
-    """On the meta device, for which PyTorch has no autocast to ask about."""
-    fused, plain = build(kind)
-    shapes = []
-    for block in (fused, plain):
-        block.to("meta").train(training)
-        shapes.append(block(*(x.to("meta") for x in draw_maps(kind))).shape)
-    assert shapes[0] == shapes[1]
-
-
-def hook(block):
-    block.stages[0].f_value.register_forward_hook(lambda module, args, out: out * 2)
-
-
-def pre_hook(block):
-    block.stages[0].f_key.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
-
-
-def old_weight_norm(block):
-    torch.nn.utils.weight_norm(block.stages[0].W)
-
-
-def other_class(block):
-    block.stages[0].f_value = nn.Sequential(nn.Conv2d(*block.stages[0].f_value.weight.shape[1::-1], 1), nn.Tanh())
-
-
-def other_forward(block):
-    block.stages[0].W.forward = lambda x: torch.zeros(x.shape[0], OUT, *x.shape[2:], dtype=x.dtype)
-
-
-class Residual(nn.Sequential):
-    def forward(self, x):
-        return super().forward(x) + x[:, :OUT]
-
-
-class DoubledStage(AttentionStage):
-    def forward(self, low, high):
-        return 2 * super().forward(low, high)
-
-
-def other_container(block):
-    block.conv_bn_dropout = Residual(*block.conv_bn_dropout.children())
-
-
-def other_stage(block):
-    block.stages[0].__class__ = DoubledStage
-
-
-def longer_projection(block):
-    block.stages[0].f_query.append(nn.Hardtanh(0, 0.1))
-
-
-def longer_norm(block):
-    block.stages[0].f_query[1].append(nn.Hardtanh(0, 0.1))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        hook,
-        pre_hook,
-        old_weight_norm,
-        other_class,
-        other_forward,
-        other_container,
-        other_stage,
-        longer_projection,
-        longer_norm,
-    ],
-)
-@pytest.mark.parametrize("kind", CLASSES)
-@pytest.mark.filterwarnings("ignore:.*weight_norm")
-def test_a_changed_inner_module_is_called_and_named(kind, change):
-    fused, plain = build(kind)
-    for block in (fused, plain):
-        torch.manual_seed(1)
-        change(block)
-        block.double()
-    assert "published forward, because of" in repr(fused)
-    maps = draw_maps(kind)
-    assert torch.equal(fused(*maps), plain(*maps))
-
-
-class Counted(nn.Module):
-    calls = 0
-
-    def forward(self, weight):
-        self.calls += 1
-        return weight * 2
-
-
-@pytest.mark.parametrize("name", ["f_value", "W"])
-def test_a_parametrization_runs_once_a_forward(name):
-    block, _ = build("AFNB")
-    counted = Counted()
-    torch.nn.utils.parametrize.register_parametrization(getattr(block.stages[0], name), "weight", counted)
-    counted.calls = 0
-    block(*draw_maps("AFNB"))
-    assert counted.calls == 1
-
-
-@pytest.mark.parametrize("kind", CLASSES)
-def test_parametrizations_are_honoured(kind):
-    fused, plain = build(kind)
-    for block in (fused, plain):
-        torch.nn.utils.parametrizations.weight_norm(block.stages[0].W)
-    plain.load_state_dict(fused.state_dict())
-    assert "collapsed" in fused.extra_repr()
-    maps = draw_maps(kind)
-    torch.testing.assert_close(fused(*maps), plain(*maps))
 
 
 def test_state_dict_has_the_published_keys():

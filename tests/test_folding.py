@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from test_blocks import CLASSES, build, draw_maps, randomise
+from block_rule import CLASSES, build, draw_maps, randomise
 from test_model import tiny
 from torch import nn
 
