@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from . import checks
-from .collapse import Parts, collapsed_forward, why_plain
+from .collapse import Parts, collapsed_forward, runs_plain
 from .dialects import PUBLISHED
 from .folding import Foldable, explain
 from .pyramid import POOL_SIZES
@@ -93,7 +93,7 @@ class AFNB(Foldable, PlainAFNB):
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         parts = self.parts()
         checks.block_inputs(low=(low, parts.key.conv), high=(high, parts.query.conv))
-        if why_plain(parts) is not None:
+        if runs_plain(parts):
             return super().forward(low, high)
         if (fold := self.current_fold()) is not None:
             return fold.forward(parts, low, high)
@@ -163,7 +163,7 @@ class APNB(Foldable, PlainAPNB):
     def forward(self, x: Tensor) -> Tensor:
         parts = self.parts()
         checks.block_inputs(x=(x, parts.query.conv))
-        if why_plain(parts) is not None:
+        if runs_plain(parts):
             return super().forward(x)
         if (fold := self.current_fold()) is not None:
             return fold.forward(parts, x, x)

@@ -16,6 +16,7 @@ backward has to cancel it.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from . import onnx
 from .autocast import no_autocast
 from .backends import requested_backend, use_backend
 from .functional import asymmetric_attention, pyramid_pool
@@ -83,6 +85,10 @@ def collapsed_forward(parts: Parts, low: Tensor, high: Tensor, *, recompute: boo
 
     With ``recompute`` the map ahead of the tail is not kept for the backward pass but made again there.
     """
+    if onnx.exporting() and any(projection.norm.training for projection in (parts.key, parts.query)):
+        raise ValueError(
+            "expected a block in evaluation mode for an export to ONNX, got training mode: call .eval() first"
+        )
     weights = weights_of(parts)
     value = _token_values(weights, pyramid_pool(low, parts.pool_sizes))
     product = Product(None if weights.high is None else high, weights.high, constant_of(parts, weights))
@@ -144,7 +150,7 @@ def _pooled_key(parts: Parts, low: Tensor) -> Tensor:
 def _finish(tail: Sequence[nn.Module], out: Tensor) -> Tensor:
     """Norm, activation and dropout behind the bottleneck; a batch norm and what follows it as one reader of ``out``."""
     modules = list(tail)
-    if modules and type(modules[0]) in FUSABLE_NORMS:
+    if modules and type(modules[0]) in FUSABLE_NORMS and not onnx.exporting():
         norm = modules.pop(0)
         relu = len(modules) > 0 and type(modules[0]) is nn.ReLU  # torch 2.11 traces no bool() of a list
         if relu:
@@ -158,7 +164,8 @@ def _finish(tail: Sequence[nn.Module], out: Tensor) -> Tensor:
 
 def _is_fusable(projection: Projection) -> bool:
     """Whether readers can normalise and rectify; any other norm or activation is called as the module it is."""
-    return type(projection.norm) in FUSABLE_NORMS and type(projection.activation) is nn.ReLU
+    fusable = type(projection.norm) in FUSABLE_NORMS and type(projection.activation) is nn.ReLU
+    return fusable and not onnx.exporting()
 
 
 def _raw(projection: Projection, x: Tensor, calls: int) -> tuple[Tensor, Normalization]:
@@ -201,7 +208,7 @@ def _token_values(weights: Weights, pooled: Tensor) -> Tensor:
     with no_autocast(pooled.device.type):
         matrices = matrices_of(weights)
         rows = pooled.transpose(1, 2).flatten(0, 1).to(matrices[0].dtype)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or onnx.tracing():
             values = rows @ matrices[0] @ reduce(torch.matmul, matrices[1:])
         else:
             values = torch.linalg.multi_dot([rows, *matrices])
@@ -224,7 +231,7 @@ def constant_of(parts: Parts, weights: Weights) -> Tensor:
 
 
 def _affine(weight: Tensor, x: Tensor, bias: Tensor) -> Tensor:
-    return torch.addmv(bias, weight.flatten(1).to(x.dtype), x)
+    return F.linear(x, weight.flatten(1).to(x.dtype), bias)
 
 
 def _bias(conv: nn.Conv2d, weight: Tensor) -> Tensor:
@@ -270,6 +277,18 @@ def why_plain(parts: Parts) -> str | None:
                 if id(child) not in known:
                     return f"{type(child).__name__} in a {name} is no part of the block"
     return None
+
+
+def runs_plain(parts: Parts) -> bool:
+    """Whether the block must run its published forward; said aloud where that ties an ONNX graph to one size."""
+    reason = why_plain(parts)
+    if reason is not None and onnx.exporting():
+        warnings.warn(
+            f"annnet_kernels: a block is exported with its published forward, because of {reason}; "
+            f"how that pools holds for maps of this size only",
+            stacklevel=3,
+        )
+    return reason is not None
 
 
 def _skipped(parts: Parts) -> Iterator[tuple[type | None, nn.Module]]:

@@ -36,6 +36,7 @@ from .normalization import (
     pool_rectified,
     uses_batch_statistics,
 )
+from .onnx import tracing
 
 
 class FoldedBlock(NamedTuple):
@@ -112,8 +113,8 @@ class Foldable(nn.Module):
         self._fold = None
 
     def current_fold(self) -> Fold | None:
-        """The fold, if it may be used now: without gradients, outside compiled code, with nothing changed since."""
-        if self._fold is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """The fold, if it may be used now: without gradients, outside traced code, with nothing changed since."""
+        if self._fold is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or tracing():
             return None
         if not self._fold.is_current():
             self.unfold()

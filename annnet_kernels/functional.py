@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import checks, pyramid
+from . import checks, onnx, pyramid
 from .autocast import autocast_dtype
 from .backends import requested_backend
 from .ops import AsymmetricAttention, PyramidPool
@@ -44,6 +44,8 @@ def pyramid_pool(x: Tensor, output_sizes: PoolSizes = pyramid.POOL_SIZES) -> Ten
     """
     checks.feature_map("x", x)
     heights, widths = checks.output_sizes("output_sizes", output_sizes)
+    if onnx.exporting():
+        return onnx.pyramid_pool(x, heights, widths)
     pooled: Tensor = PyramidPool.apply(x, list(heights), list(widths), requested_backend())
     return pooled
 
@@ -121,6 +123,9 @@ def asymmetric_attention(
     if not isinstance(return_attention, bool):
         raise TypeError(f"return_attention: expected a bool, got {return_attention!r}")
     out: Tensor
+    if onnx.exporting():
+        out, attention = onnx.asymmetric_attention(query, key, value, factor)
+        return (out, attention.transpose(1, 2)) if return_attention else out
     out, logsumexp = AsymmetricAttention.apply(query, key, value, factor, requested_backend())
     return (out, _attention(query, key, factor, logsumexp)) if return_attention else out
 

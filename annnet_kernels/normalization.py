@@ -218,7 +218,7 @@ def channel_scale(dropout: nn.Dropout2d | None, like: Tensor, channels: int) -> 
 def apply_scaled_tail(y: Tensor, norm: Normalization, relu: bool, scale: Tensor | None) -> Tensor:
     """scale · act(z), (B, C) the scale of every image and channel; without gradients, y becomes it."""
     scale = None if scale is None else scale.to(norm.mean.dtype)
-    if not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() or torch.compiler.is_exporting()):  # an exported program writes nothing in place
         torch.ops.annnet.batch_norm_apply_(y, norm.mean, norm.invstd, norm.weight, norm.bias, scale, relu)
         return y
     out: Tensor = NormalizedTail.apply(y, *norm.vectors, scale, relu, norm.samples, norm.group, requested_backend())

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import checks
-from .collapse import Parts, collapsed_forward, why_plain
+from .collapse import Parts, collapsed_forward, runs_plain, why_plain
 from .comparison import difference
 from .dialects import BLOCKS, BlockNames
 from .folding import Foldable, explain
@@ -148,7 +148,7 @@ class _FusedForward(Foldable):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         parts = self.parts()
         maps = self._maps(args, kwargs, count=1 if parts.key is parts.query else 2)
-        if maps is None or why_plain(parts) is not None:
+        if maps is None or runs_plain(parts):
             return type(self).original.forward(self, *args, **kwargs)
         if (fold := self.current_fold()) is not None:
             return fold.forward(parts, maps[0], maps[-1])

@@ -99,11 +99,13 @@ class NormalizedAttention(torch.autograd.Function):
         vectors = mean, invstd, weight, bias
         pooled = None if key is not None else torch.ops.annnet.pyramid_pool_bn_relu(y, *vectors, heights, widths)
         tokens = pooled if key is None else key
-        if x is not None and x_weight is not None:
-            out = F.conv2d(x, x_weight, constant)
-            logsumexp = torch.ops.annnet.asymmetric_attention_bn_relu_(y, *vectors, tokens, value, out, scale)
-            return out, logsumexp, pooled
-        addend = None if constant is None else constant[:, None, None].expand(y.shape[0], -1, *y.shape[2:])
+        if x is None or x_weight is None:
+            addend = None if constant is None else constant[:, None, None].expand(y.shape[0], -1, *y.shape[2:])
+        else:
+            addend = F.conv2d(x, x_weight, constant)
+            if not torch.compiler.is_exporting():  # what converts an exported program knows no writing in place
+                logsumexp = torch.ops.annnet.asymmetric_attention_bn_relu_(y, *vectors, tokens, value, addend, scale)
+                return addend, logsumexp, pooled
         out, logsumexp = torch.ops.annnet.asymmetric_attention_bn_relu(y, *vectors, tokens, value, addend, scale)
         return out, logsumexp, pooled
 

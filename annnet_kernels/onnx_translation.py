@@ -1,0 +1,115 @@
+"""The operators of a program that ``torch.export`` made, in ONNX: the same forms as in ``onnx.py``, for its exporter.
+
+The functions have the operators' signatures and build the graph while they run. Imported on demand: needs onnxscript.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from onnxscript import ir, opset18
+
+from .onnx import bins, token_positions
+
+Value = Any
+op: Any = opset18
+
+
+def pyramid_pool(x: Value, heights: Sequence[int], widths: Sequence[int]) -> Value:
+    return op.CastLike(_pool(_wide(x), heights, widths), x)
+
+
+def pyramid_pool_bn_relu(
+    y: Value, mean: Value, invstd: Value, weight: Value, bias: Value, heights: Sequence[int], widths: Sequence[int]
+) -> Value:
+    z = op.Relu(_normalised(y, mean, invstd, weight, bias))
+    return op.CastLike(_pool(z, heights, widths), y)
+
+
+def asymmetric_attention(query: Value, key: Value, value: Value, scale: float) -> tuple[Value, Value]:
+    out, logsumexp = _attend(_wide(query), _wide(key), _wide(value), scale)
+    return op.CastLike(out, query), logsumexp
+
+
+def asymmetric_attention_bn_relu(
+    y: Value,
+    mean: Value,
+    invstd: Value,
+    weight: Value,
+    bias: Value,
+    key: Value,
+    value: Value,
+    addend: Value | None,
+    scale: float,
+) -> tuple[Value, Value]:
+    z = op.Relu(_normalised(y, mean, invstd, weight, bias))
+    out, logsumexp = _attend(z, _wide(key), _wide(value), scale)
+    out = out if addend is None else op.Add(out, _wide(addend))
+    return op.CastLike(out, y), logsumexp
+
+
+def batch_norm_apply(
+    y: Value, mean: Value, invstd: Value, weight: Value, bias: Value, channel_scale: Value | None, relu: bool
+) -> Value:
+    z = _normalised(y, mean, invstd, weight, bias)
+    z = op.Relu(z) if relu else z
+    if channel_scale is not None:
+        z = op.Mul(z, op.Unsqueeze(channel_scale, _integers([2, 3])))
+    return op.CastLike(z, y)
+
+
+TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
+    getattr(torch.ops.annnet, function.__name__).default: function
+    for function in (
+        pyramid_pool,
+        pyramid_pool_bn_relu,
+        asymmetric_attention,
+        asymmetric_attention_bn_relu,
+        batch_norm_apply,
+    )
+}
+
+
+def _wide(x: Value) -> Value:
+    """In float32, or as it is in float64: what the operators compute in."""
+    return x if x.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE) else op.Cast(x, to=ir.DataType.FLOAT.value)
+
+
+def _integers(values: Any) -> Value:
+    return op.Constant(value=ir.tensor(values, dtype=ir.DataType.INT64))
+
+
+def _normalised(y: Value, mean: Value, invstd: Value, weight: Value, bias: Value) -> Value:
+    """As the node that runtimes merge with the convolution ahead of it."""
+    variance = op.Reciprocal(op.Mul(invstd, invstd))
+    return op.BatchNormalization(_wide(y), weight, bias, mean, variance, epsilon=0.0)
+
+
+def _pool(x: Value, heights: Sequence[int], widths: Sequence[int]) -> Value:
+    rows, columns = _averages(x, 2, heights), _averages(x, 3, widths)
+    levels = op.MatMul(rows, op.MatMul(x, op.Transpose(columns, perm=[1, 0])))
+    pairs = op.Reshape(levels, _integers([0, 0, sum(heights) * sum(widths)]))
+    return op.Gather(pairs, _integers(token_positions(heights, widths)), axis=2)
+
+
+def _averages(x: Value, dim: int, sizes: Sequence[int]) -> Value:
+    length = op.Squeeze(op.Shape(x, start=dim, end=dim + 1))
+    numbers, counts = (_integers([[value] for value in values]) for values in bins(sizes))
+    one = _integers(1)
+    pixel = op.Range(_integers(0), length, one)
+    starts = op.Less(op.Mul(pixel, counts), op.Mul(op.Add(numbers, one), length))
+    ends = op.Greater(op.Mul(op.Add(pixel, one), counts), op.Mul(numbers, length))
+    weights = op.CastLike(op.And(starts, ends), x)
+    return op.Div(weights, op.ReduceSum(weights, _integers([1]), keepdims=1))
+
+
+def _attend(query: Value, key: Value, value: Value, scale: float) -> tuple[Value, Value]:
+    """(B, Cv, H, W), and the logsumexp (B, N), which no block reads and an optimizer drops."""
+    pixels = op.Reshape(query, op.Concat(op.Shape(query, start=0, end=2), _integers([-1]), axis=0))
+    factor = op.CastLike(op.Constant(value=ir.tensor(scale, dtype=ir.DataType.FLOAT)), query)
+    logits = op.MatMul(op.Transpose(op.Mul(key, factor), perm=[0, 2, 1]), pixels)
+    out = op.MatMul(value, op.Softmax(logits, axis=1))
+    shape = (op.Shape(query, start=0, end=1), op.Shape(value, start=1, end=2), op.Shape(query, start=2, end=4))
+    return op.Reshape(out, op.Concat(*shape, axis=0)), op.ReduceLogSumExp(logits, _integers([1]), keepdims=0)
