@@ -98,18 +98,17 @@ struct Scratch {
   }
 };
 
-// One split's sums; the rows are tokens.
+// One split's sums; the rows are channels, in whole tiles.
 template <class T>
 struct Sums {
-  int64_t key_stride, value_stride;
+  int64_t stride;
   Acc<T>*dkey, *dvalue;
   char* end;
 
-  Sums(char* memory, const AttentionSizes& s)
-      : key_stride(leading_dimension<T>(s.key_channels)), value_stride(leading_dimension<T>(s.value_channels)) {
+  Sums(char* memory, const AttentionSizes& s) : stride(leading_dimension<T>(s.tokens)) {
     Arena arena{memory};
-    dkey = arena.take<Acc<T>>(round_up(s.tokens, kTileRows), key_stride);
-    dvalue = arena.take<Acc<T>>(round_up(s.tokens, kTileRows), value_stride);
+    dkey = arena.take<Acc<T>>(round_up(s.key_channels, kTileRows), stride);
+    dvalue = arena.take<Acc<T>>(round_up(s.value_channels, kTileRows), stride);
     end = arena.next;
   }
 };

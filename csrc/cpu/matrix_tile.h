@@ -1,8 +1,8 @@
 // C[i][j] = Σ_k A[k][i] B[k][j]: the matrix product of every CPU attention step, from registers and the first cache.
 //
-// Both operands are k-major: the rows of a tile are broadcast from A, its columns are vectors of B. An operand of
-// bfloat16 holds two consecutive k in each 32-bit element where the processor has the dot product of such pairs, and is
-// widened to float32 elsewhere.
+// The rows of a tile are broadcast from A, its columns are vectors of B. B is k-major, A either: an A that lies by row
+// (k adjacent) is as fast, since single elements are read. An operand of bfloat16 holds two consecutive k in each
+// 32-bit element where the processor has the dot product of such pairs, and is widened to float32 elsewhere.
 #pragma once
 
 #include "ahead.h"
@@ -51,16 +51,33 @@ inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-template <class T, int kVectors, class Sink>
-ANNNET_INLINE void tile(int64_t depth, const Element<T>* a, int64_t lda, const Element<T>* b, int64_t ldb,
-                        const Sink& sink, int64_t row, int64_t column) {
+// The two layouts of A: the rows of one k are adjacent, or the k of one row.
+template <class T>
+struct ByDepth {
+  const Element<T>* data;
+  int64_t stride;
+  ANNNET_INLINE ByDepth at(int64_t row, int64_t step) const { return {data + step * stride + row, stride}; }
+  ANNNET_INLINE Element<T> operator[](int i) const { return data[i]; }
+  ANNNET_INLINE void next() { data += stride; }
+};
+template <class T>
+struct ByRow {
+  const Element<T>* data;
+  int64_t stride;
+  ANNNET_INLINE ByRow at(int64_t row, int64_t step) const { return {data + row * stride + step, stride}; }
+  ANNNET_INLINE Element<T> operator[](int i) const { return data[i * stride]; }
+  ANNNET_INLINE void next() { ++data; }
+};
+
+template <class T, int kVectors, class A, class Sink>
+ANNNET_INLINE void tile(int64_t depth, A a, const Element<T>* b, int64_t ldb, const Sink& sink, int64_t row,
+                        int64_t column) {
   Vec<T> sum[kTileRows][kVectors] = {};
-  for (int64_t k = 0; k < depth; k += Operand<T>::kStep, a += lda, b += ldb) {
+  for (int64_t k = 0; k < depth; k += Operand<T>::kStep, a.next(), b += ldb) {
 #pragma GCC unroll 8
     for (int i = 0; i < kTileRows; ++i)
 #pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j)
-        sum[i][j] = Operand<T>::multiply_add(a[row + i], b + column + j * kLanes<T>, sum[i][j]);
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = Operand<T>::multiply_add(a[i], b + j * kLanes<T>, sum[i][j]);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kTileRows; ++i)
@@ -71,15 +88,15 @@ ANNNET_INLINE void tile(int64_t depth, const Element<T>* a, int64_t lda, const E
 // A tile of any depth, in runs of at most kRun: one run of 1024 terms would have twice the error.
 constexpr int64_t kRun = 128;
 
-template <class T, int kVectors, class Sink>
-ANNNET_INLINE void deep_tile(int64_t depth, const Element<T>* a, int64_t lda, const Element<T>* b, int64_t ldb,
-                             const Sink& sink, int64_t row, int64_t column) {
-  if (depth <= kRun) return tile<T, kVectors>(depth, a, lda, b, ldb, sink, row, column);
+template <class T, int kVectors, class A, class Sink>
+ANNNET_INLINE void deep_tile(int64_t depth, const A& a, const Element<T>* b, int64_t ldb, const Sink& sink, int64_t row,
+                             int64_t column) {
+  if (depth <= kRun) return tile<T, kVectors>(depth, a.at(row, 0), b + column, ldb, sink, row, column);
   Vec<T> total[kTileRows][kVectors] = {};
   const auto add = [&](int64_t i, int64_t j, Vec<T> run) { total[i - row][(j - column) / kLanes<T>] += run; };
   for (int64_t begin = 0; begin < depth; begin += kRun) {
-    const int64_t steps = begin / Operand<T>::kStep;
-    tile<T, kVectors>(minimum(kRun, depth - begin), a + steps * lda, lda, b + steps * ldb, ldb, add, row, column);
+    const int64_t step = begin / Operand<T>::kStep;
+    tile<T, kVectors>(minimum(kRun, depth - begin), a.at(row, step), b + step * ldb + column, ldb, add, row, column);
   }
   for (int i = 0; i < kTileRows; ++i)
     for (int j = 0; j < kVectors; ++j) sink(row + i, column + j * kLanes<T>, total[i][j]);
@@ -87,21 +104,26 @@ ANNNET_INLINE void deep_tile(int64_t depth, const Element<T>* a, int64_t lda, co
 
 // Hands every vector of C to sink(row, column, vector). Rows come in whole tiles and columns in whole vectors, so
 // the sink also gets what lies beyond `rows` and `columns`: values without meaning. Between tiles, `ahead` takes a
-// step.
-template <class T, class Sink>
-inline void multiply(int64_t rows, int64_t columns, int64_t depth, const Element<T>* a, int64_t lda,
-                     const Element<T>* b, int64_t ldb, const Sink& sink, Ahead& ahead) {
-  for (int64_t column = 0; column < columns; column += kTileVectors * kLanes<T>) {
-    const int64_t vectors = (columns - column + kLanes<T> - 1) / kLanes<T>;
+// step, and the sink may ask for the memory of the next tile with expect(row, column, vectors).
+template <class T, class A, class Sink>
+inline void multiply(int64_t rows, int64_t columns, int64_t depth, const A& a, const Element<T>* b, int64_t ldb,
+                     const Sink& sink, Ahead& ahead) {
+  int64_t vectors = (columns + kLanes<T> - 1) / kLanes<T>, column = 0;
+  while (vectors > 0) {
+    // Four are two and two: a tile of one vector has too few sums to keep the multipliers busy.
+    const int64_t wide = vectors == kTileVectors + 1 ? minimum(2, kTileVectors) : minimum(vectors, kTileVectors);
     for (int64_t row = 0; row < rows; row += kTileRows) {
       ahead.step();
-      if (vectors >= kTileVectors)
-        deep_tile<T, kTileVectors>(depth, a, lda, b, ldb, sink, row, column);
-      else if (vectors == 2)
-        deep_tile<T, 2>(depth, a, lda, b, ldb, sink, row, column);
+      sink.expect(row, column, wide);
+      if (wide == kTileVectors)
+        deep_tile<T, kTileVectors>(depth, a, b, ldb, sink, row, column);
+      else if (wide == 2)
+        deep_tile<T, 2>(depth, a, b, ldb, sink, row, column);
       else
-        deep_tile<T, 1>(depth, a, lda, b, ldb, sink, row, column);
+        deep_tile<T, 1>(depth, a, b, ldb, sink, row, column);
     }
+    vectors -= wide;
+    column += wide * kLanes<T>;
   }
 }
 
@@ -111,6 +133,7 @@ struct ToBuffer {
   Acc<T>* target;
   int64_t stride;
   bool add;
+  ANNNET_INLINE void expect(int64_t, int64_t, int64_t) const {}
   ANNNET_INLINE void operator()(int64_t row, int64_t column, Vec<T> value) const {
     Acc<T>* place = target + row * stride + column;
     store(place, add ? load(place) + value : value);
