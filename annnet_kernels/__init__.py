@@ -1,5 +1,6 @@
 """Fused asymmetric non-local blocks (AFNB, APNB) for semantic segmentation. Importing it compiles nothing."""
 
+from importlib import import_module
 from typing import Any
 
 from .backends import last_backend, use_backend
@@ -34,7 +35,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``FusedANNHead`` only when it is asked for: it imports mmsegmentation."""
+    """``parallel`` and ``FusedANNHead`` only when they are asked for: the latter imports mmsegmentation."""
+    if name == "parallel":
+        return import_module(".parallel", __name__)
     if name == "FusedANNHead":
         try:
             from .integrations.mmseg import FusedANNHead
