@@ -1,0 +1,141 @@
+"""An AOTInductor package of the blocks and operators: made once, then loaded in a process of its own at other sizes."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import block_rule
+import pytest
+import torch
+from helpers import assert_as_accurate_as_plain
+from torch import nn
+from torch.export import Dim
+
+import annnet_kernels as ak
+from annnet_kernels.reference import operators as reference
+
+COMPILER = os.environ.get("CXX", "g++")
+pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"AOTInductor needs a C++ compiler: {COMPILER}")
+
+LEVELS = [1, 3, 6, 8], [1, 3, 6, 8]
+
+
+class Everything(nn.Module):
+    """Both blocks, both operators, and operators that write in place or take a list of free sizes and a string."""
+
+    def __init__(self, afnb, apnb, pool, attend, spread, normalise):
+        super().__init__()
+        self.afnb, self.apnb = afnb, apnb
+        self.pool, self.attend, self.spread, self.normalise = pool, attend, spread, normalise
+
+    def forward(self, low, high):
+        fused, refined = self.afnb(low, high), self.apnb(high)
+        tokens = self.pool(high)
+        context = self.attend(high, tokens)
+        return fused, refined, tokens, context, self.spread(tokens, high), self.normalise(refined)
+
+
+def spread(tokens, x):
+    return torch.ops.annnet.pyramid_pool_bwd(tokens, list(x.shape[2:]), *LEVELS, False, "reference")
+
+
+def plain_spread(tokens, x):
+    dx = torch.empty_like(x)
+    reference.pyramid_pool_bwd_out(tokens, list(x.shape[2:]), *LEVELS, False, dx)
+    return dx
+
+
+def normalise(x):
+    written, one = x * 2, x.new_full((x.shape[1],), 0.5)
+    torch.ops.annnet.batch_norm_apply_(written, one, one, one, one, None, True)
+    return written
+
+
+def plain_normalise(x):
+    return ((x * 2 - 0.5) * 0.25 + 0.5).relu()
+
+
+def draw(size=(3, 33, 40), dtype=torch.float64):
+    batch, height, width = size
+    low = torch.randn(batch, block_rule.LOW, height, width, dtype=dtype)
+    return low, torch.randn(batch, block_rule.HIGH, height + 2, width + 1, dtype=dtype)
+
+
+def free_sizes():
+    batch = Dim("batch", max=64)
+    return tuple({0: batch, 2: Dim(f"height{i}", max=256), 3: Dim(f"width{i}", max=256)} for i in range(2))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Path of the package, and the plain twin in float64."""
+    blocks = [block_rule.build(kind) for kind in ("AFNB", "APNB")]
+    (afnb, plain_afnb), (apnb, plain_apnb) = blocks
+    module = Everything(
+        afnb, apnb, ak.pyramid_pool, lambda x, t: ak.asymmetric_attention(x, t, t, 0.3), spread, normalise
+    )
+    twin = Everything(
+        plain_afnb,
+        plain_apnb,
+        lambda x: reference.pyramid_pool(x, *LEVELS),
+        lambda x, t: reference.asymmetric_attention(x, t, t, 0.3)[0],
+        plain_spread,
+        plain_normalise,
+    )
+    with torch.no_grad():
+        maps = draw((2, 20, 18), torch.float32)
+        program = torch.export.export(module.float().eval(), maps, dynamic_shapes=free_sizes())
+    path = tmp_path_factory.mktemp("package") / "blocks.pt2"
+    return Path(torch._inductor.aoti_compile_and_package(program, package_path=str(path))), twin.eval()
+
+
+def named(outputs):
+    return {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+
+
+def test_right_at_other_sizes(compiled):
+    path, twin = compiled
+    package = torch._inductor.aoti_load_package(str(path))
+    for size in ((3, 33, 40), (1, 5, 3), (2, 65, 17)):
+
+        def results(seed, size=size):
+            maps = draw(size)
+            single = [x.float() for x in maps]
+            with torch.no_grad():
+                truth = named(twin.double()(*maps))
+                return named(package(*single)), named(twin.float()(*single)), truth
+
+        assert_as_accurate_as_plain(results, torch.float32)
+
+
+LOAD = """
+import sys, torch
+path, maps, results, imported = sys.argv[1:]
+if imported == "imported":
+    import annnet_kernels
+package = torch._inductor.aoti_load_package(path)
+torch.save(package(*torch.load(maps)), results)
+"""
+
+
+def load_in_a_new_process(path, folder, imported):
+    maps = draw(dtype=torch.float32)
+    torch.save(list(maps), folder / "maps.pt")
+    arguments = [sys.executable, "-c", LOAD, str(path), str(folder / "maps.pt"), str(folder / "results.pt"), imported]
+    environment = {**os.environ, "PYTHONPATH": str(Path(ak.__file__).parents[1])}
+    return maps, subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_new_process_that_imports_this_package_runs_it(compiled, tmp_path):
+    maps, process = load_in_a_new_process(compiled[0], tmp_path, "imported")
+    assert process.returncode == 0, process.stderr
+    here = torch._inductor.aoti_load_package(str(compiled[0]))(*maps)
+    torch.testing.assert_close(torch.load(tmp_path / "results.pt"), here)
+
+
+def test_a_new_process_that_does_not_is_told_which_operator_is_missing(compiled, tmp_path):
+    _, process = load_in_a_new_process(compiled[0], tmp_path, "not imported")
+    assert process.returncode != 0
+    assert "Could not find schema for annnet::" in process.stderr
