@@ -243,10 +243,11 @@ def _bias(conv: nn.Conv2d, weight: Tensor) -> Tensor:
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def why_plain(parts: Parts) -> str | None:
+def why_plain(parts: Parts, *, gathered: bool = False) -> str | None:
     """Why the block must run its published forward: a module whose forward would be skipped is not what it seems.
 
-    Whoever replaces, hooks or wraps an inner module expects it to be called. None if the collapse may run.
+    Whoever replaces, hooks or wraps an inner module expects it to be called. None if the collapse may run. With
+    ``gathered`` the answer is for the time when no parameter is sharded any more.
     """
     for container in parts.containers:
         if parts.container_types is not None and type(container) not in parts.container_types:
@@ -266,7 +267,9 @@ def why_plain(parts: Parts) -> str | None:
             if getattr(module, hooks):
                 return f"{name} carries {hooks.strip('_').replace('_', ' ')}"
         for parameter, value in module._parameters.items():
-            if type(value).__name__ == "DTensor":  # by name: its module takes longer to import than this package
+            if (
+                type(value).__name__ == "DTensor" and not gathered
+            ):  # by name: its module takes longer to import than this package
                 return f"{name} holds a sharded {parameter} (DTensor)"
         if isinstance(module, nn.Conv2d) and not _is_pointwise(module):
             return f"{name} is no plain 1 × 1 convolution: {module.extra_repr()}"

@@ -140,8 +140,9 @@ def context_of(fusion: nn.Module, context: nn.Sequential, low: Tensor, high: Ten
 
 
 def explain(block: Foldable) -> str:
-    """How ``block`` runs, for its ``repr``."""
-    reason = why_plain(block.parts())
+    """How ``block`` runs, for its ``repr``. FSDP2 over the whole block gathers its parameters ahead of its forward."""
+    gathered = any(base.__name__ == "FSDPModule" for base in type(block).__mro__)
+    reason = why_plain(block.parts(), gathered=gathered)
     if reason is not None:
         return f"published forward, because of {reason}"
     return "collapsed" if block._fold is None else "collapsed, folded"

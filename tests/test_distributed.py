@@ -1,5 +1,6 @@
-"""Two gloo processes equal one with the joined batch: SyncBatchNorm, the same under FSDP2, and DDP."""
+"""Two gloo processes equal one with the joined batch: SyncBatchNorm, the same under FSDP2, DDP, and finer sharding."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -33,8 +34,11 @@ def step(block, maps, rank=0):
     return {"out": out.detach(), "weights": weights} | {f"input {i}": x.grad for i, x in enumerate(inputs)}
 
 
+WITHOUT_SYNCHRONISATION = ("ddp", "fsdp, finer")
+
+
 def freeze_statistics(block):
-    """DDP refuses a SyncBatchNorm on a CPU; without one, only running statistics are alike in both processes."""
+    """DDP and the published forward refuse a SyncBatchNorm on a CPU; without one, only running statistics are alike."""
     for module in block.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
@@ -47,11 +51,24 @@ def reduced_gradients(block, wrap, processes):
     gradients = {name: parameter.grad for name, parameter in block.named_parameters()}
     if wrap == "ddp":
         return {name: gradient * processes for name, gradient in gradients.items()}
-    if wrap == "fsdp":
+    if wrap.startswith("fsdp"):
         return {name: gradient.full_tensor() * processes for name, gradient in gradients.items()}
     for gradient in gradients.values():
         dist.all_reduce(gradient)
     return gradients
+
+
+@contextlib.contextmanager
+def counted_reductions():
+    """The shapes of what is summed over all processes within."""
+    import torch.distributed as dist
+
+    shapes, real = [], dist.all_reduce
+    dist.all_reduce = lambda tensor, *args, **kwargs: (
+        shapes.append(tuple(tensor.shape)) or real(tensor, *args, **kwargs)
+    )
+    yield shapes
+    dist.all_reduce = real
 
 
 def worker(kind, wrap, rank, split, folder):
@@ -62,7 +79,7 @@ def worker(kind, wrap, rank, split, folder):
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     block = build(kind, fused=True)
-    if wrap == "ddp":
+    if wrap in WITHOUT_SYNCHRONISATION:
         freeze_statistics(block)
     else:
         block = nn.SyncBatchNorm.convert_sync_batchnorm(block)
@@ -70,10 +87,21 @@ def worker(kind, wrap, rank, split, folder):
     maps = torch.load(f"{folder}/maps.pt")
     part = slice(0, split) if rank == 0 else slice(split, None)
     wrapped = DistributedDataParallel(block) if wrap == "ddp" else block
-    if wrap == "fsdp":
-        fully_shard(block, mesh=init_device_mesh("cpu", (2,)))
-    found = step(wrapped, [x[part] for x in maps], rank)
-    assert ak.last_backend("asymmetric_attention_bn_relu") is not None  # the collapsed forward ran
+    if wrap.startswith("fsdp"):
+        mesh = init_device_mesh("cpu", (2,))
+        if wrap == "fsdp, finer":
+            fully_shard(block.stages[0].f_value, mesh=mesh)
+        fully_shard(block, mesh=mesh)
+    with counted_reductions() as reductions:
+        found = step(wrapped, [x[part] for x in maps], rank)
+    if wrap == "fsdp, finer":
+        assert "published forward, because of FSDPConv2d in the place of Conv2d" in repr(block)
+        assert ak.last_backend("asymmetric_attention_bn_relu") is None
+    else:
+        assert block.extra_repr() == "collapsed"
+        assert ak.last_backend("asymmetric_attention_bn_relu") is not None  # the collapsed forward ran
+    # Statistics ahead and gradients behind: of the tail, of the query, and in an AFNB of the key.
+    assert len(reductions) == (0 if wrap in WITHOUT_SYNCHRONISATION else 6 if kind == "AFNB" else 4), reductions
     found |= {f"grad {name}": gradient for name, gradient in reduced_gradients(block, wrap, 2).items()}
     found |= dict(block.named_buffers())
     torch.save(found, f"{folder}/rank{rank}.pt")
@@ -110,6 +138,8 @@ def test_a_sharded_parameter_is_left_to_the_published_forward(kind, single_proce
         ("APNB", "ddp", 1),
         ("AFNB", "fsdp", 1),
         ("APNB", "fsdp", 2),
+        ("AFNB", "fsdp, finer", 2),
+        ("APNB", "fsdp, finer", 1),
     ],
 )
 def test_two_processes_equal_one(kind, wrap, split, tmp_path):
@@ -123,7 +153,7 @@ def test_two_processes_equal_one(kind, wrap, split, tmp_path):
         assert process.returncode == 0, errors.decode()
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     plain = build(kind, fused=False)
-    if wrap == "ddp":
+    if wrap in WITHOUT_SYNCHRONISATION:
         freeze_statistics(plain)
     inputs = [x.clone().requires_grad_() for x in maps]
     out = plain(*inputs)
