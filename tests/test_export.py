@@ -1,7 +1,11 @@
 """torch.export of the blocks and operators with free batch, height and width: saved, loaded, run at other sizes."""
 
-import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import block_rule
 import pytest
 import torch
 from torch import nn
@@ -9,55 +13,96 @@ from torch.export import Dim
 
 import annnet_kernels as ak
 
-BLOCKS = {"AFNB": (ak.AFNB, (5, 8, 6, 4, 4)), "APNB": (ak.APNB, (8, 6, 4, 4))}
+
+class Context(nn.Module):
+    def forward(self, x):
+        tokens = ak.pyramid_pool(x)
+        return ak.asymmetric_attention(x, tokens, tokens)
 
 
-def free_sizes(index):
-    """Of one map, all its own but the batch."""
-    return {0: Dim("batch", max=64), 2: Dim(f"height{index}", min=2, max=512), 3: Dim(f"width{index}", min=2, max=512)}
+def build_block(kind, **options):
+    block, _ = block_rule.build(kind, **options)
+    return block.float().eval(), [shape[1] for shape in block_rule.MAPS[kind]]
 
 
-def reloaded(module, maps):
-    program = torch.export.export(module, maps, dynamic_shapes=(tuple(free_sizes(i) for i in range(len(maps))),))
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    return torch.export.load(file)
+CASES = {
+    "operators": lambda: (Context(), [6]),
+    "AFNB": lambda: build_block("AFNB"),
+    "APNB": lambda: build_block("APNB"),
+    "APNB, context": lambda: build_block("APNB", bottleneck=False),
+}
+OTHER_SIZES = ((3, 33, 41), (1, 5, 3))
 
 
-class Starred(nn.Module):
-    """Takes maps as ``*maps``, so that one description of free sizes serves every block."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *maps):
-        return self.module(*maps)
+def draw(channels, size):
+    batch, height, width = size
+    return tuple(torch.randn(batch, c, height + i, width) for i, c in enumerate(channels))
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
-def test_blocks(kind):
-    cls, channels = BLOCKS[kind]
-    block = cls(*channels).eval()
-    for name, parameter in block.named_parameters():
-        if parameter.dim() == 1 or ".W." in name:
-            nn.init.normal_(parameter)
-    inputs = channels[: 1 if kind == "APNB" else 2]
-    program = reloaded(Starred(block), tuple(torch.randn(2, c, 20 + c, 18) for c in inputs))
+def export(module, channels):
+    batch = Dim("batch", max=64)
+    sizes = tuple({0: batch, 2: Dim(f"height{i}"), 3: Dim(f"width{i}")} for i in range(len(channels)))
+    return torch.export.export(module, draw(channels, (2, 20, 18)), dynamic_shapes=sizes)
+
+
+LOAD = """
+import sys, torch
+folder, *names = sys.argv[1:]
+for name in names:
+    program = torch.export.load(f"{folder}/{name}.pt2").module()
+    torch.save([program(*maps) for maps in torch.load(f"{folder}/{name} maps.pt")], f"{folder}/{name} results.pt")
+"""
+
+
+def load_in_a_new_process(folder, names, first):
+    environment = {**os.environ, "PYTHONPATH": str(Path(ak.__file__).parents[1])}
+    command = [sys.executable, "-c", f"{first}\n{LOAD}", str(folder), *names]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "grad"])
+def test_a_new_process_runs_it_at_other_sizes(gradients, tmp_path):
+    expected = {}
+    for name, build in CASES.items():
+        module, channels = build()
+        with torch.set_grad_enabled(gradients):
+            program = export(module, channels)
+        torch.export.save(program, tmp_path / f"{name}.pt2")
+        maps = [draw(channels, size) for size in OTHER_SIZES]
+        torch.save(maps, tmp_path / f"{name} maps.pt")
+        expected[name] = [module(*each).detach() for each in maps]
+    process = load_in_a_new_process(tmp_path, CASES, "import annnet_kernels")
+    assert process.returncode == 0, process.stderr
+    for name, outputs in expected.items():
+        found = [out.detach() for out in torch.load(tmp_path / f"{name} results.pt")]
+        torch.testing.assert_close(found, outputs, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_without_the_import_loading_fails(tmp_path):
+    torch.export.save(export(Context(), [6]), tmp_path / "operators.pt2")
+    process = load_in_a_new_process(tmp_path, ["operators"], "")
+    assert process.returncode != 0
+    assert "annnet" in process.stderr, process.stderr
+
+
+@pytest.mark.parametrize("kind", block_rule.CLASSES)
+def test_a_program_holds_operators_that_write_nothing_in_place(kind):
+    """Converters and AOTInductor's proxies then see plain functions; the operators are there, in whatever subgraph."""
+    with torch.no_grad():
+        program = export(*build_block(kind))
     graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
-    operators = {str(node.target) for graph in graphs for node in graph.nodes}
-    assert any("asymmetric_attention" in name for name in operators), operators
-    maps = [torch.randn(3, c, 33 + c, 41) for c in inputs]
-    torch.testing.assert_close(program.module()(*maps), block(*maps))
+    operators = {node.target for graph in graphs for node in graph.nodes if "annnet" in str(node.target)}
+    assert torch.ops.annnet.asymmetric_attention_bn_relu.default in operators
+    assert not any(operator._schema.is_mutable for operator in operators)
 
 
-def test_operators():
-    class Context(nn.Module):
-        def forward(self, x):
-            tokens = ak.pyramid_pool(x)
-            return ak.asymmetric_attention(x, tokens, tokens)
-
-    program = reloaded(Starred(Context()), (torch.randn(2, 6, 20, 18),))
-    x = torch.randn(5, 6, 7, 50)
-    torch.testing.assert_close(program.module()(x), Context()(x))
+def test_a_block_of_a_program_runs_forward_only_and_operators_differentiate():
+    program = export(Context(), [6]).module()
+    x = torch.randn(1, 6, 9, 9, requires_grad=True)
+    (gradient,) = torch.autograd.grad(program(x).square().sum(), x)
+    (expected,) = torch.autograd.grad(Context()(x).square().sum(), x)
+    torch.testing.assert_close(gradient, expected)
+    block, channels = build_block("APNB")
+    out = export(block, channels).module()(torch.randn(1, *channels, 9, 9, requires_grad=True))
+    with pytest.raises(NotImplementedError, match="has no derivative of its own"):
+        out.sum().backward()
