@@ -14,6 +14,7 @@ from helpers import assert_as_accurate_as_plain
 from torch import nn
 
 import annnet_kernels as ak
+from annnet_kernels import row_shards
 from annnet_kernels.reference import PlainAFNB, PlainAPNB
 from annnet_kernels.row_shards import Band
 
@@ -457,6 +458,16 @@ def test_a_fold_is_not_used(alone):
         ak.parallel.unshard_rows(block)
         assert block.current_fold() is not None
         torch.testing.assert_close(block(*maps), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("recompute", "calls"), [(False, 1), (True, 2)])
+def test_recomputing_attends_once_more(recompute, calls, alone, monkeypatch):
+    made = []
+    real = row_shards._attend
+    monkeypatch.setattr(row_shards, "_attend", lambda *operands: made.append(None) or real(*operands))
+    block = ak.parallel.shard_rows(build("AFNB", fused=True, recompute=recompute))
+    step(block, *draw("AFNB", torch.float32))
+    assert len(made) == calls
 
 
 def hooked():
