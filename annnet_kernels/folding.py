@@ -121,22 +121,26 @@ class Foldable(nn.Module):
         return self._fold
 
 
-def context_of(fusion: nn.Module, context: nn.Sequential, low: Tensor, high: Tensor) -> Tensor:
-    """context(fusion(low, high)), by the merged weights where ``fusion`` was folded with the context's convolution.
+def merged_convolution(
+    fusion: nn.Module, conv: nn.Module, low: Tensor, high: Tensor, through: tuple[nn.Module, ...]
+) -> Tensor | None:
+    """conv(fusion(low, high)) by the merged weights where ``fusion`` was folded with ``conv``; None where it was not.
 
-    Whoever hooks one of the modules that a merge skips gets them called.
+    A merge skips the modules ``through`` which the map passes in between: an active dropout is not skipped, and whoever
+    hooks one of them gets it called.
     """
     fold = fusion.current_fold() if isinstance(fusion, Foldable) else None
-    watched = any(getattr(module, hooks) for module in (fusion, context, context[0]) for hooks in HOOKS)
-    if fold is None or fold.pair is None or fold.conv is not context[0] or watched:
-        return cast(Tensor, context(fusion(low, high)))
+    if fold is None or fold.pair is None or fold.conv is not conv:
+        return None
+    watched = any(getattr(module, hooks) for module in (fusion, conv, *through) for hooks in HOOKS)
     parts = cast(Foldable, fusion).parts()
-    if why_plain(parts) is not None:
-        return cast(Tensor, context(fusion(low, high)))
-    out = merged_forward(fold.pair, fold.conv, parts, low, high)
-    for module in context[1:]:
-        out = module(out)
-    return out
+    if watched or any(map(_drops, through)) or why_plain(parts) is not None:
+        return None
+    return merged_forward(fold.pair, fold.conv, parts, low, high)
+
+
+def _drops(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
 
 
 def explain(block: Foldable) -> str:
@@ -164,12 +168,13 @@ class FoldReport:
 def fold_for_inference(model: nn.Module) -> FoldReport:
     """Fold batch norms and weight products of every AFNB and APNB of ``model`` once, for calls without gradients.
 
-    In an :class:`annnet_kernels.ANNNet` the AFNB also merges with the 3 × 3 convolution behind it. Outputs stay the
-    same up to rounding (in float32 about twice plain's own), parameters and state dict do not change. ``train()``,
-    ``load_state_dict`` or any other change of a parameter, buffer or mode undoes a block's fold, a copy of the model is
-    not folded, and calls with gradients enabled or from compiled code do not use it. What is written through ``.data``
-    is not noticed: fold again. Costs memory for the products: one
-    C_out × (C_l + C_h) matrix per block, and one kernel of that depth per merged convolution.
+    In an :class:`annnet_kernels.ANNNet` and in mmsegmentation's ``ANNHead`` (``FusedANNHead``, or with replaced blocks)
+    the AFNB also merges with the 3 × 3 convolution behind it. Outputs stay the same up to rounding (in float32 about
+    twice plain's own), parameters and state dict do not change. ``train()``, ``load_state_dict`` or any other change of
+    a parameter, buffer or mode undoes a block's fold, a copy of the model is not folded, and calls with gradients
+    enabled or from compiled code do not use it. What is written through ``.data`` is not noticed: fold again. Costs
+    memory for the products: one C_out × (C_l + C_h) matrix per block, and one kernel of that depth per merged
+    convolution.
 
     Args:
         model: a module in evaluation mode, holding blocks of this package or replaced ones.
@@ -230,7 +235,7 @@ def why_not_folded(parts: Parts) -> str | None:
         if type(projection.activation) is not nn.ReLU:
             return f"{type(projection.activation).__name__} in the place of ReLU"
     dropouts = [m for m in parts.tail[1:] if isinstance(m, nn.modules.dropout._DropoutNd)]
-    if any(m.training and m.p > 0 for m in dropouts):
+    if any(map(_drops, dropouts)):
         return f"{type(dropouts[0]).__name__} is in training mode"
     kinds = [type(m) for m in parts.tail[1:] if m not in dropouts]
     return None if kinds in ([], [nn.ReLU]) else f"a tail of {', '.join(kind.__name__ for kind in kinds)}"

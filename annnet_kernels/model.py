@@ -13,7 +13,7 @@ from . import checks
 from .blocks import AFNB, APNB
 from .checkpoint_files import read_state_dict
 from .checkpoints import CheckpointReport, head_options, load_state
-from .folding import context_of
+from .folding import merged_convolution
 from .pyramid import POOL_SIZES
 from .reference.blocks import NormLayer, PlainAFNB, PlainAPNB, PoolSizes
 
@@ -163,10 +163,16 @@ class ANNNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         checks.feature_map("x", x)
         low, high = self.backbone(x)
-        logits = self._resize(self.cls(context_of(self.fusion, self.context, low, high)), x.shape[2:])
+        logits = self._resize(self.cls(self._context_of(low, high)), x.shape[2:])
         if self.dsn is None or not self.training:
             return logits
         return logits, self._resize(self.dsn(low), x.shape[2:])
+
+    def _context_of(self, low: Tensor, high: Tensor) -> Tensor:
+        """Behind AFNB, convolution and APNB; AFNB and convolution merged where they were folded."""
+        conv, norm_relu, refine = self.context
+        merged = merged_convolution(self.fusion, conv, low, high, through=(self.context,))
+        return cast(Tensor, self.context(self.fusion(low, high)) if merged is None else refine(norm_relu(merged)))
 
     def convolution_behind_fusion(self) -> nn.Conv2d | None:
         """The convolution that alone reads the AFNB's output; None where a subclass may route it otherwise."""

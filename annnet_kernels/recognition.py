@@ -47,6 +47,9 @@ PUBLISHED_CODE = {
 }
 """Fingerprints of every published ``forward`` inside a block that is not PyTorch's own, by dialect."""
 
+PUBLISHED_HEADS = {"199fbae558812890"}
+"""Of ``ANNHead.forward``, mmsegmentation 0.11 to 1.2."""
+
 
 def names_of(module: nn.Module) -> BlockNames | None:
     """What the parts of ``module`` are called, if it looks like a block of some dialect."""
@@ -75,7 +78,7 @@ def is_published(block: nn.Module, names: BlockNames, parts: Parts) -> bool:
     known = {id(m) for m in (block, *plain, *parts.containers)}
     known |= {id(m) for name, m in block.named_modules() if name in ("stages", *names.unused)}
     return (
-        all(id(module) in known and _is_known_class(type(module), names.dialect) for module in block.modules())
+        all(id(module) in known and is_published_code(type(module), names.dialect) for module in block.modules())
         and all(type(role.norm) in FUSABLE_NORMS and type(role.activation) is nn.ReLU for role in parts[:2])
         and all(type(module) in (*FUSABLE_NORMS, nn.ReLU, nn.Dropout2d) for module in parts.tail)
         and _width(block, names) == parts.query.conv.out_channels
@@ -87,7 +90,8 @@ def _width(block: nn.Module, names: BlockNames) -> object:
     return getattr(block.get_submodule(owner), attribute, None)
 
 
-def _is_known_class(cls: type[nn.Module], dialect: str) -> bool:
+def is_published_code(cls: type[nn.Module], dialect: str) -> bool:
+    """Whether the forward of a class is PyTorch's own or one that a dialect's code base published."""
     if cls.__call__ is not nn.Module.__call__:
         return False
     if cls.forward.__module__.startswith("torch.nn.modules."):

@@ -17,6 +17,7 @@ from .collapse import Parts, collapsed_forward, runs_plain, why_plain
 from .comparison import difference
 from .dialects import BLOCKS, BlockNames
 from .folding import Foldable, explain
+from .heads import MergingHead, is_published_head
 from .recognition import is_published, names_of, unsupported_setting
 
 
@@ -44,7 +45,8 @@ def replace_blocks(model: nn.Module, *, verify: bool = True) -> ReplacementRepor
     Recognised by structure, wherever their classes were pasted, are the blocks of MendelXu/ANN and mmsegmentation
     (``AFNB`` and ``APNB``) and the simple published variant (``AFNPBlock`` and ``APNBBlock``). Parameters, state-dict
     keys, hooks and the identity of every module stay; :func:`restore_blocks` undoes it. A module between the block and
-    its parts is no longer called: where one of them carries a hook, the block is left alone.
+    its parts is no longer called: where one of them carries a hook, the block is left alone. The forward of a published
+    ``ANNHead`` around a replaced block is exchanged too, for one that :func:`fold_for_inference` can merge.
 
     Args:
         model: any module; may itself be a block.
@@ -80,6 +82,9 @@ def replace_blocks(model: nn.Module, *, verify: bool = True) -> ReplacementRepor
             else:
                 _replace(block, names)
                 report.replaced[name] = f"{kind} ({names.dialect}, {how})"
+    for head in model.modules():
+        if isinstance(getattr(head, "fusion", None), _FusedForward) and is_published_head(head):
+            head.__class__ = _head_class(type(head))
     return report
 
 
@@ -104,6 +109,8 @@ def restore_blocks(model: nn.Module) -> ReplacementReport:
                 vars(block).pop(attribute, None)
             block.__class__ = type(block).original  # type: ignore[assignment]
             report.replaced[name] = f"{type(block).__name__} restored"
+        elif isinstance(block, _ReplacedHead):
+            block.__class__ = type(block).original  # type: ignore[assignment]
     return report
 
 
@@ -192,6 +199,31 @@ def _fused_class(
         }
         _fused_classes[key] = type(original.__name__, (_FusedForward, original), members)
     return _fused_classes[key]
+
+
+class _ReplacedHead(MergingHead):
+    """The forward of a head around replaced blocks; mixed in before the head's own class."""
+
+    original: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild_head, (type(self).original,), self.__dict__.copy()
+
+
+_head_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _head_class(original: type[nn.Module]) -> type[nn.Module]:
+    if original not in _head_classes:
+        members = {"original": original, "__module__": original.__module__, "__doc__": original.__doc__}
+        _head_classes[original] = type(original.__name__, (_ReplacedHead, original), members)
+    return _head_classes[original]
+
+
+def _rebuild_head(original: type[nn.Module]) -> nn.Module:
+    fused = _head_class(original)
+    head: nn.Module = fused.__new__(fused)
+    return head
 
 
 def _rebuild(original: type[nn.Module], dialect: str, kind: str, container_types: tuple[type, ...]) -> nn.Module:

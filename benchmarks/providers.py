@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import annnet_kernels as ak
 from annnet_kernels import reference
-from annnet_kernels.folding import context_of
+from annnet_kernels.folding import merged_convolution
 from annnet_kernels.pyramid import POOL_SIZES
 from annnet_kernels.reference.blocks import AttentionStage, PlainAFNB, PlainAPNB, PyramidPooling
 from annnet_kernels.reference.truth import pooling_matrix
@@ -203,7 +203,8 @@ class Pair(nn.Module):
         self.context = nn.Sequential(nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1))
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        return context_of(self.fusion, self.context, low, high)
+        merged = merged_convolution(self.fusion, self.context[0], low, high, through=())
+        return self.context(self.fusion(low, high)) if merged is None else merged
 
     def convolution_behind_fusion(self) -> nn.Module:
         """What ``ak.fold_for_inference`` asks a model for."""

@@ -1,6 +1,7 @@
 """The real mmsegmentation: its head with replaced blocks, and ours in its configuration."""
 
 import copy
+import pickle
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from mmseg.structures import SegDataSample
 from replacement_rule import assert_round_trip, randomise_output
 
 import annnet_kernels as ak
-from annnet_kernels import replace
+from annnet_kernels import folding, replace
 
 FUSED = "annnet_kernels.integrations.mmseg.FusedANNHead"
 BLOCKS = ["fusion", "context"]
@@ -200,3 +201,97 @@ def test_our_checkpoint_loads_into_its_head_with_biases_in_the_running_means(rep
     assert all(key.startswith("dsn.") for key in report.unused)
     maps = features()
     torch.testing.assert_close(head.eval()(maps), our_logits(net.eval(), maps), rtol=1e-6, atol=1e-7)
+
+
+def running_statistics(head):
+    for module in head.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+    return head.eval()
+
+
+def merges(head, maps, monkeypatch):
+    """How often a call without gradients merges AFNB and convolution, and what it returns."""
+    calls, real = [], folding.merged_forward
+    monkeypatch.setattr(folding, "merged_forward", lambda *a: calls.append(a) or real(*a))
+    with torch.no_grad():
+        out = head(maps)
+    monkeypatch.undo()
+    return len(calls), out
+
+
+@pytest.mark.parametrize("act_cfg", [{"type": "ReLU"}, {"type": "ReLU6"}], ids=["ReLU", "ReLU6"])
+@pytest.mark.parametrize("kind", [FUSED, "ANNHead"])
+def test_a_folded_head_merges_its_afnb_with_the_bottleneck(kind, act_cfg, monkeypatch):
+    head = running_statistics(build_head(type=kind))
+    head.bottleneck.activate = torch.nn.ReLU6() if act_cfg["type"] == "ReLU6" else head.bottleneck.activate
+    twin, maps = copy.deepcopy(head), features()
+    expected = twin(maps).detach()
+    if kind == "ANNHead":
+        ak.replace_blocks(head)
+    assert merges(head, maps, monkeypatch)[0] == 0
+    assert ak.fold_for_inference(head).folded["fusion"] == "merged with the convolution behind it"
+    count, got = merges(head, maps, monkeypatch)
+    assert count == 1
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    assert head.state_dict().keys() == twin.state_dict().keys()
+    assert merges(copy.deepcopy(head), maps, monkeypatch)[0] == 0
+    head.train().eval()
+    count, got = merges(head, maps, monkeypatch)
+    assert count == 0
+    torch.testing.assert_close(got, expected)
+
+
+def drop(head):
+    head.dropout.train()
+
+
+def hook_the_bottleneck(head):
+    head.bottleneck.register_forward_hook(lambda *_: None)
+
+
+def other_convolution(head):
+    head.bottleneck.conv = copy.deepcopy(head.bottleneck.conv)
+
+
+@pytest.mark.parametrize("change", [drop, hook_the_bottleneck, other_convolution])
+def test_what_a_merge_would_skip_is_called(change, monkeypatch):
+    head, maps = running_statistics(build_head(type=FUSED)), features()
+    ak.fold_for_inference(head)
+    assert merges(head, maps, monkeypatch)[0] == 1
+    change(head)
+    assert merges(head, maps, monkeypatch)[0] == 0
+
+
+def test_only_the_published_head_and_bottleneck_merge():
+    class Deep(mmsegmentation.ANNHead):
+        def forward(self, inputs):
+            low, high = self._transform_inputs(inputs)
+            fused = self.fusion(low, high)
+            return self.cls_seg(self.context(self.bottleneck(fused) + self.bottleneck(high)))
+
+    class Loud(type(build_head().bottleneck)):
+        def forward(self, x, activate=True, norm=True):
+            return 2 * super().forward(x, activate, norm)
+
+    subclassed, wrapped = build_head().eval(), build_head().eval()
+    subclassed.__class__, wrapped.bottleneck.__class__ = Deep, Loud
+    for head in (subclassed, wrapped):
+        expected = head(maps := features()).detach()
+        ak.replace_blocks(head)
+        assert ak.fold_for_inference(head).folded["fusion"] == "alone"
+        with torch.no_grad():
+            torch.testing.assert_close(head(maps), expected)
+
+
+def test_a_head_around_replaced_blocks_is_pickled_and_restored():
+    head, maps = running_statistics(build_head()), features()
+    original, expected = type(head), head(maps).detach()
+    ak.replace_blocks(head)
+    assert isinstance(head, original)
+    assert type(head) is not original
+    torch.testing.assert_close(pickle.loads(pickle.dumps(head))(maps), expected)
+    ak.restore_blocks(head)
+    assert type(head) is original
+    torch.testing.assert_close(head(maps), expected)

@@ -8,13 +8,16 @@ from typing import Any
 from mmseg.models.decode_heads.ann_head import ANNHead
 from mmseg.registry import MODELS
 
+from ..heads import MergingHead
 from ..pyramid import POOL_SIZES
 from ..replace import replace_blocks
 
 
 @MODELS.register_module()
-class FusedANNHead(ANNHead):  # type: ignore[misc]
+class FusedANNHead(MergingHead, ANNHead):  # type: ignore[misc]
     """mmsegmentation's ``ANNHead``, its two blocks collapsed and fused: same arguments, parameters, keys and losses.
+
+    ``ak.fold_for_inference`` merges its AFNB with the bottleneck behind it.
 
     A configuration needs one word changed, ``type="annnet_kernels.integrations.mmseg.FusedANNHead"``; or
     ``type="FusedANNHead"`` with ``custom_imports = dict(imports=["annnet_kernels.integrations.mmseg"])``.
