@@ -1,8 +1,9 @@
 """Train and evaluate ANNNet for semantic segmentation.
 
-    python examples/train.py --data CAMVID                                            # ResNet-50, one process
-    python examples/train.py --data CAMVID --width-small --steps 40 --batch-size 4 --crop 256    # on a CPU, minutes
-    torchrun --nproc-per-node 8 --max-restarts 3 examples/train.py --data CITYSCAPES --dataset cityscapes
+    python examples/train.py --data CAMVID                              # ResNet-50, one process
+    python examples/train.py --data CAMVID --width-small --steps 40     # minutes on a CPU
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1    # else torchrun's restarts meet the addresses of dead processes
+    torchrun --nproc-per-node 8 --max-restarts 3 examples/train.py --data CITYSCAPES --dataset cityscapes --crop 769
 
 ``--help`` lists every option. Ctrl-C and SIGTERM save before they end the run; ``--resume`` continues it.
 """

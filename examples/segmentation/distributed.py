@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from .errors import UserError
 from .norms import synchronise
 
+_RESTARTS, _MAY_RESTART = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"
+# Unless told otherwise torchrun keeps one store for all its restarts, and new processes find the addresses of dead ones
+# in it: with torch 2.14.1 and gloo, three restarts of four then ended with "Connection refused".
+_KEEPS_STORE, _FRESH_STORE = "TORCHELASTIC_USE_AGENT_STORE", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -70,8 +75,10 @@ def joined(device: str) -> Iterator[Processes]:
         here = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(here)
     dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo")
-    restarted = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
-    yield Processes(here, dist.get_rank(), dist.get_world_size(), restarted)
+    processes = Processes(here, dist.get_rank(), dist.get_world_size(), int(os.environ[_RESTARTS]) > 0)
+    if processes.leads and os.environ[_MAY_RESTART] != "0" and os.environ[_KEEPS_STORE] == "True":
+        print(f"torchrun will not restart reliably; set {_FRESH_STORE} where it starts")
+    yield processes
     dist.destroy_process_group()  # not after an error: the others may never get there
 
 
@@ -88,13 +95,9 @@ def shared(network: nn.Module, parallel: str, sync_bn: bool, processes: Processe
     on_cpu = processes.device.type == "cpu"
     if sync_bn and not on_cpu:
         synchronise(network, processes.device)
-    wrapped = DistributedDataParallel(
-        network,
-        device_ids=None if on_cpu else [processes.device],
-        broadcast_buffers=not sync_bn,
-        gradient_as_bucket_view=True,
-    )
-    if sync_bn and on_cpu:  # DDP refuses to wrap a SyncBatchNorm on a CPU; the blocks have no need of a GPU for it
+    device_ids = None if on_cpu else [processes.device]
+    wrapped = DistributedDataParallel(network, device_ids=device_ids, gradient_as_bucket_view=True)
+    if sync_bn and on_cpu:  # DDP refuses to wrap a SyncBatchNorm on a CPU, where the blocks' works nevertheless
         synchronise(network, processes.device)
     return wrapped
 
@@ -103,6 +106,7 @@ def _sharded(network: nn.Module, processes: Processes) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    network.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other; the layout of maps is the pictures'
     mesh = init_device_mesh(processes.device.type, (processes.count,))
     heads = [child for name, child in network.named_children() if name != "backbone"]
     for part in (*network.backbone.children(), *heads):  # type: ignore[union-attr, operator]

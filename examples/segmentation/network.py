@@ -53,7 +53,11 @@ def build(options: Options, num_classes: int) -> ak.ANNNet:
         raise UserError(f"--weights: no such file: {options.weights} (torchvision has none for --width-small)")
     if options.precision == "fp64":
         network.double()
-    return network.to(memory_format=torch.channels_last) if options.channels_last else network
+    if options.channels_last:
+        for parameter in network.parameters():
+            if parameter.dim() == 4 and parameter.shape[2:] != (1, 1):  # else DDP warns of strides that say the same
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return network
 
 
 def _from_torchvision(options: Options, num_classes: int, settings: dict[str, object]) -> ak.ANNNet:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+from torch.autograd.function import FunctionCtx
 
 import annnet_kernels as ak
 
@@ -23,8 +23,22 @@ def synchronise(network: nn.Module, device: torch.device) -> None:
             norm.__class__ = GlooBatchNorm2d
 
 
+class _Sum(torch.autograd.Function):
+    """Over all processes; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        return _Sum.forward(ctx, gradient)
+
+
 class GlooBatchNorm2d(nn.BatchNorm2d):
-    """SyncBatchNorm for CPU tensors, differentiable through the reductions. For checks, not for speed."""
+    """SyncBatchNorm for CPU tensors. For checks, not for speed."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -32,9 +46,9 @@ class GlooBatchNorm2d(nn.BatchNorm2d):
         channels = x.shape[1]
         samples = x.new_tensor(x.numel() / channels)
         dist.all_reduce(samples)
-        mean = all_reduce(x.sum((0, 2, 3))) / samples
+        mean = _Sum.apply(x.sum((0, 2, 3))) / samples
         centred = x - mean.view(-1, 1, 1)
-        var = all_reduce(centred.square().sum((0, 2, 3))) / samples
+        var = _Sum.apply(centred.square().sum((0, 2, 3))) / samples
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
