@@ -155,34 +155,6 @@ def test_autocast_casts_all_operands():
     assert [x.grad.dtype for x in leaves] == [torch.float32] * 3
 
 
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-def test_opcheck(layout):
-    for requires_grad in (False, True):
-        leaves = [x.requires_grad_(requires_grad) for x in operands(layout=layout)]
-        torch.library.opcheck(torch.ops.annnet.asymmetric_attention.default, (*leaves, 0.7))
-
-
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("needs", [[True, True, True], [False, True, False]])
-def test_opcheck_of_the_backward(layout, needs):
-    """Without inputs that need a gradient: second derivatives are refused."""
-    grad = random_map((2, 6, 4, 3), torch.float64, layout)
-    logsumexp = torch.randn(2, 12, dtype=torch.float64)
-    arguments = (grad, *operands(layout=layout), logsumexp, 0.7, needs, None)
-    torch.library.opcheck(torch.ops.annnet.asymmetric_attention_bwd.default, arguments)
-
-
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-def test_opcheck_of_the_steps(layout):
-    y, addend, grad = (random_map((2, c, 4, 3), torch.float32, layout) for c in (5, 6, 6))
-    key, value, norm = torch.randn(2, 5, 7), torch.randn(2, 6, 7), torch.rand(4, 5).unbind()
-    ops = torch.ops.annnet
-    torch.library.opcheck(ops.asymmetric_attention_bn_relu.default, (y, *norm, key, value, addend, 0.7))
-    torch.library.opcheck(ops.asymmetric_attention_bn_relu_.default, (y, *norm, key, value, addend, 0.7))
-    arguments = (grad, y, *norm, key, value, torch.randn(2, 12), 0.7, [True, False, True], None)
-    torch.library.opcheck(ops.asymmetric_attention_bn_relu_bwd.default, arguments)
-
-
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole(dynamic):
     def loss(query, key, value):

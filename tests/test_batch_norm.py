@@ -263,17 +263,6 @@ def test_a_step_refuses_a_gradient():
         out.sum().backward()
 
 
-def test_opcheck():
-    for layout in ("nchw", "channels_last"):
-        y, grad = (random_map((2, 4, 9, 7), torch.float32, layout) for _ in range(2))
-        operands = (y, *torch.rand(4, 4).unbind(), torch.rand(2, 4), True)
-        torch.library.opcheck(ops.batch_norm_statistics.default, (y,))
-        torch.library.opcheck(ops.batch_norm_apply.default, operands)
-        torch.library.opcheck(ops.batch_norm_apply_.default, operands)
-        torch.library.opcheck(ops.batch_norm_bwd_sums.default, (grad, *operands, None))
-        torch.library.opcheck(ops.batch_norm_bwd_input.default, (grad, *operands, torch.rand(2, 4), None))
-
-
 @pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
 def test_wrong_arguments_are_named():
     y, vector, out = torch.randn(1, 4, 3, 3), torch.ones(4), torch.empty(1, 4, 3, 3)

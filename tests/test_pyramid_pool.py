@@ -101,16 +101,6 @@ def test_a_backward_uses_the_backend_of_its_forward():
     assert ak.last_backend("pyramid_pool_bwd") == "reference"
 
 
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-def test_opcheck(layout):
-    for requires_grad in (False, True):
-        x = random_map((2, 3, 7, 5), torch.float64, layout).requires_grad_(requires_grad)
-        torch.library.opcheck(torch.ops.annnet.pyramid_pool.default, (x, *levels(SIZES)))
-        grad = torch.randn(2, 3, 43, dtype=torch.float64).requires_grad_(requires_grad)
-        arguments = (grad, [7, 5], *levels(SIZES), layout == "channels_last", None)
-        torch.library.opcheck(torch.ops.annnet.pyramid_pool_bwd.default, arguments)
-
-
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole(dynamic):
     def loss(x):
@@ -198,13 +188,3 @@ def test_a_step_refuses_a_gradient():
     out = torch.ops.annnet.bn_relu_bwd_sums(y, *norm, None, y, [1], [1], None)
     with pytest.raises(NotImplementedError, match="has no derivative of its own"):
         out.sum().backward()
-
-
-def test_opcheck_of_the_steps():
-    y, norm, grad = torch.randn(2, 4, 9, 9), random_norm(4), torch.randn(2, 4, 43)
-    heights, widths = levels(SIZES)
-    operators = torch.ops.annnet
-    torch.library.opcheck(operators.pyramid_pool_bn_relu.default, (y, *norm, heights, widths))
-    torch.library.opcheck(operators.bn_relu_bwd_sums.default, (y, *norm, grad, y, heights, widths, None))
-    arguments = (y, *norm, grad, None, torch.randn(2, 4), heights, widths, None)
-    torch.library.opcheck(operators.bn_relu_bwd_input.default, arguments)

@@ -1,0 +1,119 @@
+"""What every operator ``annnet::*`` must do as one of PyTorch's: opcheck in all dense layouts, and no forward mode."""
+
+import pytest
+import torch
+from helpers import random_map
+from torch.autograd import forward_ad
+
+import annnet_kernels  # noqa: F401
+
+B, CK, CV, H, W = 2, 4, 6, 5, 3
+LEVELS = [1, 2], [1, 3]
+TOKENS = 7
+LAYOUTS = ("nchw", "channels_last", "transposed")
+
+
+def calls(layout, dtype=torch.float32):
+    """Arguments of a call of every operator; the layout is that of the maps."""
+
+    def a_map(channels):
+        return random_map((B, channels, H, W), dtype, layout)
+
+    def tokens(channels):
+        return torch.randn(B, channels, TOKENS, dtype=dtype)
+
+    query, y, value_map, grad_map = a_map(CK), a_map(CK), a_map(CV), a_map(CV)
+    vectors = tuple(torch.rand(4, CK, dtype=dtype).unbind())
+    logsumexp, scale = torch.randn(B, H * W, dtype=dtype), torch.rand(B, CK, dtype=dtype)
+    tail = (y, *vectors, scale, True)
+    attend = (query, *vectors, tokens(CK), tokens(CV))
+    sums = torch.randn(2, CK, dtype=dtype)
+    return {
+        "pyramid_pool": (query, *LEVELS),
+        "pyramid_pool_bwd": (tokens(CK), [H, W], *LEVELS, layout == "channels_last", None),
+        "pyramid_pool_bn_relu": (y, *vectors, *LEVELS),
+        "bn_relu_bwd_sums": (y, *vectors, tokens(CK), a_map(CK), *LEVELS, None),
+        "bn_relu_bwd_input": (y, *vectors, tokens(CK), None, sums, *LEVELS, None),
+        "asymmetric_attention": (query, tokens(CK), tokens(CV), 0.7),
+        "asymmetric_attention_bwd": (
+            grad_map,
+            query,
+            tokens(CK),
+            tokens(CV),
+            logsumexp,
+            0.7,
+            [True, False, True],
+            None,
+        ),
+        "asymmetric_attention_bn_relu": (*attend, value_map, 0.7),
+        "asymmetric_attention_bn_relu_": (*attend, random_map((B, CV, H, W), dtype, dense(layout)), 0.7),
+        "asymmetric_attention_bn_relu_bwd": (grad_map, *attend, logsumexp, 0.7, [True, True, False], None),
+        "batch_norm_statistics": (y,),
+        "batch_norm_apply": tail,
+        "batch_norm_apply_": (random_map((B, CK, H, W), dtype, dense(layout)), *tail[1:]),
+        "batch_norm_bwd_sums": (a_map(CK), *tail, None),
+        "batch_norm_bwd_input": (a_map(CK), *tail, sums, None),
+    }
+
+
+def dense(layout):
+    """What is written in place must be NCHW or channels_last."""
+    return "nchw" if layout == "transposed" else layout
+
+
+OPERATORS = sorted(calls("nchw"))
+DIFFERENTIABLE = ("pyramid_pool", "pyramid_pool_bwd", "asymmetric_attention")
+
+
+def operator(name):
+    return getattr(torch.ops.annnet, name).default
+
+
+def test_no_operator_is_left_out():
+    known = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("annnet::")}
+    assert known == {f"annnet::{name}" for name in OPERATORS}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name, layout):
+    torch.library.opcheck(operator(name), calls(layout)[name])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_opcheck_with_gradients(name, layout):
+    arguments = calls(layout, torch.float64)[name]
+    torch.library.opcheck(
+        operator(name), tuple(a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments)
+    )
+
+
+def tensors_of(arguments):
+    return [i for i, argument in enumerate(arguments) if isinstance(argument, torch.Tensor)]
+
+
+@pytest.mark.parametrize("recording", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_tangent_on_any_operand_is_refused(name, recording):
+    """A zero or missing tangent would be a wrong derivative without a word."""
+    arguments = calls("nchw")[name]
+    for index in tensors_of(arguments):
+        with forward_ad.dual_level(), torch.set_grad_enabled(recording):
+            operand = arguments[index].clone()
+            dual = forward_ad.make_dual(operand, torch.randn_like(operand))
+            with pytest.raises(NotImplementedError, match=f"{name}: forward-mode differentiation is not implemented"):
+                operator(name)(*arguments[:index], dual, *arguments[index + 1 :])
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_transforms_of_the_bare_operator_are_refused(name, transform):
+    arguments = calls("nchw")[name]
+
+    def loss(x):
+        results = operator(name)(x, *arguments[1:])
+        return x.sum() if results is None else (results if isinstance(results, torch.Tensor) else results[0]).sum()
+
+    with pytest.raises(NotImplementedError, match=rf"{name}: the bare operator has no torch\.func derivatives"):
+        transform(loss)(arguments[0].clone())
