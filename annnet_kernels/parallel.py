@@ -44,7 +44,8 @@ def shard_rows(module: _Module, group: ProcessGroup | DeviceMesh | None = None) 
     Each process then calls a block with its own rows, (B, C, rows, W), and gets the output of its own rows; rank r of
     the group holds the rows that follow those of rank r − 1. Batch, width and dtype are alike everywhere, and each
     process holds at least one row of every map (``torch.tensor_split`` gives that, ``torch.chunk`` may not). Blocks
-    keep their parameters, keys, hooks and identity. The other modules of ``module`` are left as they are: a 3 × 3
+    keep their parameters, keys, hooks and identity; folds are not used, compiled code calls them uncompiled, and
+    ``unshard_rows`` comes before ``restore_blocks``. The other modules of ``module`` are left as they are: a 3 × 3
     convolution needs rows of its neighbours, which is the caller's matter.
 
     **Parameter gradients** are each process's part; their sum over the group is the gradient of the unsplit block.
@@ -155,6 +156,8 @@ def traffic(block: nn.Module, batch: int = 1, *, backward: bool = True) -> Traff
 
     Example:
         >>> import annnet_kernels as ak
+        >>> ak.parallel.traffic(ak.AFNB(1024, 2048, 2048, 256, 256))
+        Traffic(messages=6, bytes=1196056)
         >>> ak.parallel.traffic(ak.APNB(512, 512, 256, 256))
         Traffic(messages=6, bytes=696336)
     """
@@ -167,9 +170,9 @@ def traffic(block: nn.Module, batch: int = 1, *, backward: bool = True) -> Traff
     projections = {id(p.norm): p for p in (parts.key, parts.query)}.values()
     keys = [p.conv.out_channels for p in projections if uses_batch_statistics(p.norm)]
     tail = [parts.out.out_channels for norm in parts.tail[:1] if uses_batch_statistics(norm)]
-    dropout = any(isinstance(m, nn.Dropout2d) and m.training and m.p > 0 for m in parts.tail)
+    dropped = batch * parts.out.out_channels * _drops(parts)
     tokens = batch * num_tokens(*_pyramid(parts)) * (parts.value.in_channels + parts.key.conv.out_channels)
-    forward = [size * (tokens + batch * parts.out.out_channels * dropout)]
+    forward = [size * (tokens + dropped)]
     forward += [8 * sum(2 * c + 1 for c in channels) for channels in (keys, tail) if channels]
     back = [size * tokens, *(size * 2 * sum(channels) for channels in (keys, tail) if channels)] if backward else []
     return Traffic(len(forward) + len(back), sum(forward) + sum(back))
@@ -302,7 +305,7 @@ class _RowSharded(Foldable):
         return _rebuild, (type(self).unsharded,), self.__dict__.copy()
 
 
-_FACTS = ("rows", "batch", "width", "width of the high-level map", "dtype", "autocast", "gradients", "batch statistics")
+_FACTS = ("rows", "batch", "width", "width of the high-level map", "dtype", "autocast", "gradients", "mode")
 """What the processes tell each other ahead of a forward; 0 rows stand for an error."""
 
 
@@ -313,7 +316,7 @@ def _facts(block: nn.Module, parts: Parts, maps: tuple[Tensor, ...]) -> dict[str
         raise ValueError(f"the block can no longer run on row shards, because of {reason}")
     autocast = autocast_dtype(low.device.type)
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (*maps, *block.parameters()))
-    norms = (parts.key.norm, parts.query.norm, *parts.tail[:1])
+    norms = [uses_batch_statistics(norm) for norm in (parts.key.norm, parts.query.norm, *parts.tail[:1])]
     values = (
         low.shape[2],
         low.shape[0],
@@ -322,9 +325,14 @@ def _facts(block: nn.Module, parts: Parts, maps: tuple[Tensor, ...]) -> dict[str
         checks.FLOAT_DTYPES.index(low.dtype) * len(checks.FLOAT_DTYPES) + checks.FLOAT_DTYPES.index(high.dtype),
         0 if autocast is None else 1 + checks.FLOAT_DTYPES.index(autocast),
         int(recorded),
-        sum(uses_batch_statistics(norm) << i for i, norm in enumerate(norms)),
+        sum(on << i for i, on in enumerate([*norms, _drops(parts)])),
     )
     return dict(zip(_FACTS, values, strict=True))
+
+
+def _drops(parts: Parts) -> bool:
+    """Whether the tail drops channels now, and so the draw is sent."""
+    return any(isinstance(module, nn.Dropout2d) and module.training and module.p > 0 for module in parts.tail)
 
 
 def _pyramid(parts: Parts) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -295,6 +295,7 @@ def wrong_calls(group):
         "dtype": lambda: block(*(x.double() if odd else x for x in maps())),
         "gradients": lambda: call_without_gradients(block, maps(), odd),
         "mode": lambda: block.train(not odd)(*maps()),
+        "dropout": lambda: call_with_dropout(block.train(), maps(), odd),
         "hook": lambda: call_with_hook(block.train(), maps(), odd),
     }
     errors = {}
@@ -309,6 +310,15 @@ def wrong_calls(group):
 def call_without_gradients(block, maps, off):
     with torch.set_grad_enabled(not off):
         return block(*maps)
+
+
+def call_with_dropout(block, maps, dropping):
+    dropout = block.conv_bn_dropout[2]
+    dropout.p = 0.5 * dropping
+    try:
+        return block(*maps)
+    finally:
+        dropout.p = 0.0
 
 
 def call_with_hook(block, maps, hooked):
@@ -328,7 +338,8 @@ def test_maps_that_do_not_fit_raise_in_every_process(pool):
         "high-level": "ValueError: width of the high-level map: expected the same on all processes of the group",
         "batch": "ValueError: batch: expected the same on all processes of the group, got [2, 3]",
         "gradients": "ValueError: gradients: expected the same",
-        "mode": "ValueError: batch statistics: expected the same on all processes of the group, got [7, 0]",
+        "mode": "ValueError: mode: expected the same on all processes of the group, got [7, 0]",
+        "dropout": "ValueError: mode: expected the same on all processes of the group, got [7, 15]",
     }
     own = {
         "no row": "ValueError: low: expected at least one channel, row and column",
