@@ -1,13 +1,16 @@
-"""The README's quick start runs and prints what it says it prints; its tables come from the records."""
+"""The README's quick start runs and prints what it says it prints; its tables come from the records and the tests."""
 
 import contextlib
 import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent.joinpath("README.md").read_text()
+HERE = Path(__file__).parent
+README = HERE.parent.joinpath("README.md").read_text()
 
 
 def test_quick_start_prints_what_the_readme_says():
@@ -21,3 +24,10 @@ def test_quick_start_prints_what_the_readme_says():
 def test_tables_agree_with_the_records():
     results = pytest.importorskip("benchmarks.results", reason="the benchmark's packages are not installed")
     assert results.generate(README, results.recorded()) == README
+
+
+def test_support_tables_are_those_of_the_tests():
+    checked = subprocess.run([sys.executable, HERE / "support.py", "--check"], capture_output=True, text=True)
+    if checked.returncode == 3:
+        pytest.skip(f"not every test can be collected here: {checked.stderr}")
+    assert checked.returncode == 0, checked.stderr

@@ -1,0 +1,237 @@
+"""``python tests/support.py``: writes the README's support tables from the tests that there are.
+
+Which tests show what is said here, once; what dtypes and implementations they run with, and whether they need a GPU, is
+read from pytest's collection of them. A test that was renamed or lost its parameters leaves a cell empty or is an
+error, and ``test_readme.py`` fails until this was run again. Only a recorded campaign on a GPU (``make gpu``) turns
+"written" into "tested".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- support:begin -->", "<!-- support:end -->"
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+TESTED, INTERPRETED, WRITTEN = "tested", "interpreted", "written"
+INCOMPLETE = 3
+
+CPP, PLAIN, TRITON, CUDA_CPP = "CPU, C++", "CPU, plain PyTorch", "CUDA, Triton", "CUDA, C++"
+BACKENDS = {CPP: "native", PLAIN: "reference"}
+NATIVE_ATTENTION = "test_asymmetric_attention_native.py::test_accuracy_of_map_layouts"
+POOL, BATCH_NORM = "test_pyramid_pool.py", "test_batch_norm.py::test_accuracy_of_layouts"
+TRITON_POOL = "interpreter/test_pyramid_pool_triton.py"
+TRITON_ATTENTION = "interpreter/test_asymmetric_attention_triton.py"
+TRITON_BATCH_NORM = "interpreter/test_batch_norm_triton.py::test_accuracy_of_layouts"
+
+OPERATORS = {
+    "`pyramid_pool`": {
+        CPP: f"{POOL}::test_accuracy_of_layouts",
+        PLAIN: f"{POOL}::test_accuracy_of_layouts",
+        TRITON: f"{TRITON_POOL}::test_accuracy_of_views",
+        CUDA_CPP: "test_pyramid_pool_cuda.py::test_accuracy_of_layouts",
+    },
+    "`asymmetric_attention`": {
+        CPP: NATIVE_ATTENTION,
+        PLAIN: "test_asymmetric_attention.py::test_accuracy_of_the_reference",
+        TRITON: f"{TRITON_ATTENTION}::test_accuracy_of_map_layouts",
+    },
+    "pooling of batch norm and ReLU": {
+        CPP: f"{POOL}::test_accuracy_of_rectified_layouts",
+        PLAIN: f"{POOL}::test_accuracy_of_rectified_layouts",
+        TRITON: f"{TRITON_POOL}::test_accuracy_of_rectified_layouts",
+    },
+    "attention on batch norm and ReLU": {
+        CPP: "test_asymmetric_attention.py::test_prologue_and_addend",
+        PLAIN: "test_asymmetric_attention.py::test_prologue_and_addend",
+        TRITON: f"{TRITON_ATTENTION}::test_prologue_and_addend",
+    },
+    "batch norm of the tail": {CPP: BATCH_NORM, PLAIN: BATCH_NORM, TRITON: TRITON_BATCH_NORM},
+}
+"""Every test here is of the forward and the backward pass, in several layouts, against float64."""
+
+MODULES, DISTRIBUTED = "test_modules.py", "test_distributed.py::test_two_processes_equal_one"
+FEATURES = {
+    "training and evaluation, every norm and setting": ["test_blocks.py::test_collapse_is_exact"],
+    "16 bits and autocast": ["test_blocks.py::test_as_accurate_as_plain"],
+    "`torch.compile`, one graph for all sizes": [
+        "test_blocks.py::test_compiles_as_one_graph_for_every_size",
+        f"{POOL}::test_compiles_whole",
+        "test_asymmetric_attention.py::test_compiles_whole",
+    ],
+    "`torch.library.opcheck` of every operator": ["test_every_operator.py::test_opcheck"],
+    "`torch.export` with free sizes": ["test_export.py::test_a_new_process_runs_it_at_other_sizes"],
+    "ONNX with free sizes": ["test_onnx.py::test_every_size_runs_from_one_graph"],
+    "`gradcheck`; second derivatives of the pooling": [
+        f"{POOL}::test_derivatives_of_first_and_second_order",
+        "test_asymmetric_attention.py::test_gradcheck",
+    ],
+    "`torch.func.grad` and `vmap` over operators": [
+        f"{POOL}::test_functional_transforms",
+        "test_asymmetric_attention.py::test_functional_transforms",
+    ],
+    "DDP, FSDP2, SyncBatchNorm": [DISTRIBUTED],
+    "row shards of one map": ["test_parallel.py::test_row_shards_train_as_the_unsplit_block"],
+    "`deepcopy`, `pickle`, `torch.save`": [f"{MODULES}::test_a_copy_is_a_block_of_its_own"],
+    "`state_dict`, strict": [f"{MODULES}::test_the_state_dict_makes_the_round_trip_strictly"],
+    "`.to` dtype, device, memory format": [
+        f"{MODULES}::test_the_dtype_moves",
+        f"{MODULES}::test_the_device_moves_and_comes_back",
+        f"{MODULES}::test_the_memory_format_is_kept",
+    ],
+    "hooks, parametrizations, frozen parameters": [
+        f"{MODULES}::test_hooks_of_the_block_see_and_change_what_passes",
+        f"{MODULES}::test_parametrizations_are_honoured",
+        f"{MODULES}::test_a_frozen_block_passes_gradients_on_and_takes_none",
+    ],
+    "`fold_for_inference`": ["test_folding.py::test_a_folded_block_equals_the_unfolded"],
+}
+
+
+class Collected(NamedTuple):
+    """One test, with one set of parameters."""
+
+    test: str
+    dtype: str | None
+    backend: str | None
+    gpu: bool
+
+
+class _Collection:
+    """What pytest finds; files that skip themselves make it incomplete."""
+
+    def __init__(self) -> None:
+        self.found: list[Collected] = []
+        self.skipped: list[str] = []
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped:
+            self.skipped.append(f"{report.nodeid}: {report.longrepr[2]}")
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            test = str(item.path.relative_to(ROOT / "tests")) + "::" + item.originalname
+            gpu = item.get_closest_marker("gpu") is not None or test.startswith("interpreter/")
+            dtype = str(parameters.get("dtype")).removeprefix("torch.")
+            self.found.append(Collected(test, dtype, parameters.get("backend"), gpu and not interpreting()))
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def named_tests() -> list[str]:
+    """All that the tables name."""
+    operators = [test for row in OPERATORS.values() for test in row.values()]
+    return operators + [test for tests in FEATURES.values() for test in tests]
+
+
+def collect() -> None:
+    """Print what pytest finds of them, as JSON; under TRITON_INTERPRET=1 the kernels' tests alone."""
+    files = {test.partition("::")[0] for test in named_tests()}
+    files = {file for file in files if file.startswith("interpreter/") or not interpreting()}
+    collection = _Collection()
+    paths = [str(ROOT / "tests" / file) for file in sorted(files)]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = pytest.main(["--collect-only", "-qqq", "-p", "no:cacheprovider", *paths], plugins=[collection])
+    if code != pytest.ExitCode.OK:
+        raise SystemExit(printed.getvalue())
+    if collection.skipped:
+        print("\n".join(collection.skipped), file=sys.stderr)
+        raise SystemExit(INCOMPLETE)
+    print(json.dumps(collection.found))
+
+
+def collected(**environment: str) -> set[Collected]:
+    """What :func:`collect` prints in a process of its own: Triton's interpreter is chosen when kernels are imported."""
+    command = [sys.executable, __file__, "--collect"]
+    variables = os.environ | environment | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=sys.stderr, text=True)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return {Collected(*entry) for entry in json.loads(done.stdout)}
+
+
+def ran_on_a_gpu() -> list[str]:
+    """The devices on which a recorded campaign got all GPU tests done."""
+    devices = []
+    for file in sorted((ROOT / "benchmarks" / "results").glob("*/*.json")):
+        record = json.loads(file.read_text())
+        if record.get("stages", {}).get("tests", {}).get("status") == "done":
+            devices.append(file.parent.name)
+    return devices
+
+
+def operator_rows(here: set[Collected], interpreted: set[Collected], gpu: str) -> Iterator[list[str]]:
+    """Operator, implementation, and one cell per dtype."""
+    for operator, tests in OPERATORS.items():
+        for implementation, test in tests.items():
+            backend = BACKENDS.get(implementation)
+            cells = []
+            for dtype in DTYPES:
+                found = [c for c in here if c.test == test and c.dtype == dtype and c.backend in (None, backend)]
+                cell = (gpu if any(c.gpu for c in found) else TESTED) if found else ""
+                if cell == WRITTEN and any(c.test == test and c.dtype == dtype for c in interpreted):
+                    cell = INTERPRETED
+                cells.append(cell)
+            yield [operator, implementation, *cells]
+
+
+def feature_rows(here: set[Collected], gpu: str) -> Iterator[list[str]]:
+    """Feature, CPU, CUDA."""
+    for feature, tests in FEATURES.items():
+        places = {c.gpu for c in here if c.test in tests}
+        yield [feature, TESTED if False in places else "", gpu if True in places else ""]
+
+
+def table(*rows: list[str]) -> str:
+    head, *body = rows
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body))
+
+
+def generate(readme: str) -> str:
+    """The README with its tables written anew."""
+    here, interpreted = collected(TRITON_INTERPRET="0"), collected(TRITON_INTERPRET="1")
+    missing = set(named_tests()) - {c.test for c in here}
+    if missing:
+        raise SystemExit(f"tests/support.py names tests that are not there: {', '.join(sorted(missing))}")
+    devices = ran_on_a_gpu()
+    gpu = TESTED if devices else WRITTEN
+    before, _, rest = readme.partition(BEGIN)
+    lines = [
+        BEGIN,
+        table(["forward and backward", "where", *DTYPES], *operator_rows(here, interpreted, gpu)),
+        table(["blocks and operators with", "CPU", "CUDA"], *feature_rows(here, gpu)),
+        f"GPU tests ran on: {', '.join(devices) or 'no GPU yet'}.",
+        END,
+    ]
+    return before + "\n\n".join(lines) + rest.partition(END)[2]
+
+
+def main(option: str | None) -> None:
+    """Write the tables; with ``--check``, fail where they are others."""
+    if option == "--collect":
+        collect()
+        return
+    path = ROOT / "README.md"
+    readme = path.read_text()
+    new = generate(readme)
+    if option != "--check":
+        path.write_text(new)
+    elif new != readme:
+        raise SystemExit("the README's support tables are not those of the tests: python tests/support.py")
+
+
+if __name__ == "__main__":
+    main(*(sys.argv[1:] or [None]))
