@@ -20,6 +20,7 @@ from annnet_kernels.pyramid import POOL_SIZES
 from annnet_kernels.reference.blocks import AttentionStage, PlainAFNB, PlainAPNB, PyramidPooling
 from annnet_kernels.reference.truth import pooling_matrix
 
+from . import published
 from .cases import CLASSES, KEY_CHANNELS, MODEL, PAIR, VALUE_CHANNELS, Case
 
 OURS = "ours"
@@ -44,6 +45,7 @@ class Provider:
         statistics: whether it promises the published running statistics (the shared projection of APNB counts twice).
         folded: whether weights are folded once they are loaded; such a provider runs in evaluation only.
         gpu: whether it runs in the cases for a GPU only.
+        needs: finds what must be installed for it; None where it is not.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Provider:
     statistics: bool = True
     folded: bool = False
     gpu: bool = False
+    needs: Callable[[], object] | None = None
 
 
 class _Function(nn.Module):
@@ -180,6 +183,12 @@ def _ours(case: Case) -> nn.Module:
     return ak.APNB(case.channels, case.out_channels, KEY_CHANNELS, VALUE_CHANNELS)
 
 
+def _mmsegmentation(case: Case) -> nn.Module:
+    if case.subject == "AFNB":
+        return published.published_afnb(case.low_channels, case.channels, case.out_channels, KEY_CHANNELS)
+    return published.published_apnb(case.channels, case.out_channels, KEY_CHANNELS)
+
+
 def _collapsed(case: Case) -> nn.Module:
     return CollapsedBlock(_plain(case, CollapsedStage))
 
@@ -278,6 +287,14 @@ _BLOCK = (
     Provider(PLAIN, _plain),
     Provider("plain compiled", _plain, compile="default"),
     Provider("plain max-autotune", _plain, compile=_MAX_AUTOTUNE, effort="full"),
+    Provider(
+        # without the biases ahead of norms, which then are in running means
+        "mmsegmentation",
+        _mmsegmentation,
+        effort="standard",
+        statistics=False,
+        needs=published.ann_head,
+    ),
     Provider("collapsed plain", _collapsed, statistics=False),
     Provider("collapsed compiled", _collapsed, compile="default", effort="standard", statistics=False),
     Provider("SDPA on pooled keys", lambda case: _plain(case, SdpaStage)),
@@ -317,7 +334,8 @@ def providers(case: Case, effort: str) -> list[Provider]:
     """Who competes in a case; ours first. A quick run compiles in few cases only."""
     allowed = EFFORTS[: EFFORTS.index(effort) + 1]
     compiles = effort != "quick" or case.compiled
-    return [p for p in _in_mode(case) if p.effort in allowed and (compiles or p.compile is None)]
+    chosen = [p for p in _in_mode(case) if p.effort in allowed and (compiles or p.compile is None)]
+    return [p for p in chosen if p.needs is None or p.needs() is not None]
 
 
 def left_out(case: Case, effort: str) -> list[str]:

@@ -1,25 +1,14 @@
-"""The real mmsegmentation, for tests: without mmcv's compiled operators, which the ANN head does not need."""
+"""The real mmsegmentation, for tests."""
 
-import importlib.util
-import sys
-import types
 import warnings
 from pathlib import Path
 
 import pytest
 
-
-def _without_compiled_operators() -> None:
-    """mmcv-lite has no ``mmcv._ext``, which mmseg.models asks for as it is imported."""
-    if importlib.util.find_spec("mmcv._ext") is None:
-        stub = types.ModuleType("mmcv._ext")
-        stub.__getattr__ = lambda name: None  # every operator exists, none works
-        sys.modules["mmcv._ext"] = stub
-
+from benchmarks.published import do_without_compiled_operators
 
 try:
-    if importlib.util.find_spec("mmcv") is not None:
-        _without_compiled_operators()
+    do_without_compiled_operators()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from mmseg.utils import register_all_modules

@@ -9,6 +9,9 @@ from test_normalized import kept_for_backward
 
 import annnet_kernels as ak
 from annnet_kernels.reference import PlainAFNB, PlainAPNB
+from benchmarks.cases import Case
+from benchmarks.features import randomise
+from benchmarks.providers import providers, template
 
 NORM, ACTIVATION = {"type": "BN"}, {"type": "ReLU"}
 SLOWER, ROUNDS, ENOUGH = 1.1, 60, 5
@@ -85,3 +88,16 @@ def test_it_keeps_no_more_memory(kind):
     make_plain, make_published, channels, _ = BLOCKS[kind]
     mine, theirs = kept_for_backward(make_plain, channels), kept_for_backward(make_published, channels)
     assert mine <= theirs, f"keeps {mine / theirs:.3f} of the published block's memory"
+
+
+@pytest.mark.parametrize("subject", BLOCKS)
+def test_the_benchmark_holds_us_against_it_under_the_published_names(subject):
+    case = Case(subject, True, (9, 11), 64, out_channels=64, low_channels=32 if subject == "AFNB" else 0)
+    (peer,) = (p for p in providers(case, "standard") if p.name == "mmsegmentation")
+    plain, theirs = template(case).eval(), peer.build(case).eval()
+    theirs.load_state_dict(randomise(plain, 0).state_dict())
+    maps = [torch.randn(1, channels, 9, 11) for channels in (case.low_channels, case.channels) if channels]
+    torch.testing.assert_close(theirs(*maps), plain(*maps), rtol=1e-3, atol=1e-3)
+    missing = {f"{ahead}.bias" for ahead in ("stages.0.f_key.0", "stages.0.f_query.0", "conv_bn_dropout.0")}
+    expected = {name: p.shape for name, p in plain.named_parameters() if name not in missing}
+    assert {name: p.shape for name, p in theirs.named_parameters()} == expected
