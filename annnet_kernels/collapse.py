@@ -90,12 +90,12 @@ def collapsed_forward(parts: Parts, low: Tensor, high: Tensor, *, recompute: boo
             "expected a block in evaluation mode for an export to ONNX, got training mode: call .eval() first"
         )
     weights = weights_of(parts)
-    value = _token_values(weights, pyramid_pool(low, parts.pool_sizes))
+    value = token_values(weights, pyramid_pool(low, parts.pool_sizes))
     product = Product(None if weights.high is None else high, weights.high, constant_of(parts, weights))
     attend = _attention(parts, low, high, value, product)
     out = attend()
     if recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        with _made_again(out, attend):
+        with made_again(out, attend):
             return _finish(parts.tail, out)
     return _finish(parts.tail, out)
 
@@ -121,7 +121,7 @@ def _sum_of(product: Product, query: Tensor) -> Tensor:
 
 
 @contextmanager
-def _made_again(out: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
+def made_again(out: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
     """Within, whoever keeps ``out`` for its backward pass keeps nothing, and gets what ``make`` makes then."""
     backend, reference = requested_backend(), weakref.ref(out)  # autograd keeps the hooks, and what they hold
 
@@ -197,7 +197,7 @@ def weights_of(parts: Parts) -> Weights:
     return Weights(parts.value.weight, parts.out.weight, context, high)
 
 
-def _token_values(weights: Weights, pooled: Tensor) -> Tensor:
+def token_values(weights: Weights, pooled: Tensor) -> Tensor:
     """U, (B, C_out, T): pooled features (B, C_l, T) carried through every later projection, in float32 at least.
 
     The rows are few (110 per image), so the products are small; ``multi_dot`` picks the cheapest order by counted

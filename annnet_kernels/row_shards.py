@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .backends import requested_backend
-from .collapse import Parts, Projection, _made_again, _token_values, constant_of, weights_of
+from .collapse import Parts, Projection, constant_of, made_again, token_values, weights_of
 from .layouts import is_channels_last
 from .normalization import (
     Normalization,
@@ -42,7 +42,7 @@ from .normalization import (
     statistics_of,
     uses_batch_statistics,
 )
-from .ops.normalized import Gradients, NormalizedAttention, _product_backward
+from .ops.normalized import Gradients, NormalizedAttention, product_backward
 from .pyramid import bin_edges, num_tokens
 
 
@@ -222,7 +222,7 @@ class RectifiedAttention(NormalizedAttention):
             grad, y, mean, invstd, weight, bias, key, value, logsumexp, ctx.scale, needs, ctx.constants[-1]
         )
         dz, dkey, dvalue = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-        of_product = _product_backward(grad, x, x_weight, ctx.needs_input_grad[8:11])
+        of_product = product_backward(grad, x, x_weight, ctx.needs_input_grad[8:11])
         # mean, invstd, weight, bias, shift; samples, group, scale, heights, widths, backend
         return dz, *(None,) * 5, dkey, dvalue, *of_product, *(None,) * 6
 
@@ -247,7 +247,7 @@ def sharded_forward(parts: Parts, low: Tensor, high: Tensor, band: Band, group: 
         *(vector for norm in norms for vector in norm.vectors),
     )
     weights = weights_of(parts)
-    value = _token_values(weights, tokens)
+    value = token_values(weights, tokens)
     product = Product(None if weights.high is None else high, weights.high, constant_of(parts, weights))
     attend = partial(_attend, query, norms[-1], keys, value, product)
     out = attend()
@@ -256,7 +256,7 @@ def sharded_forward(parts: Parts, low: Tensor, high: Tensor, band: Band, group: 
     (tail,) = normalizations([Reading(parts.tail[0], out)], group)
     relu = any(type(m) is nn.ReLU for m in parts.tail)
     if recompute and torch.is_grad_enabled():
-        with _made_again(out, attend):
+        with made_again(out, attend):
             return apply_scaled_tail(out, tail, relu, scale)
     return apply_scaled_tail(out, tail, relu, scale)
 

@@ -142,12 +142,12 @@ class NormalizedAttention(torch.autograd.Function):
             _zeros_like(ctx.shift),
             None if ctx.shared or not needs[1] else dkey,
             dvalue if needs[2] else None,
-            *_product_backward(grad, x, x_weight, ctx.needs_input_grad[8:11]),
+            *product_backward(grad, x, x_weight, ctx.needs_input_grad[8:11]),
             *(None,) * 6,  # samples, group, scale, heights, widths, backend
         )
 
 
-def _product_backward(grad: Tensor, x: Tensor | None, weight: Tensor | None, needs: Sequence[bool]) -> Gradients:
+def product_backward(grad: Tensor, x: Tensor | None, weight: Tensor | None, needs: Sequence[bool]) -> Gradients:
     """Gradients of x, weight and constant in x weightᵀ + constant."""
     if x is None or weight is None:
         return None, None, grad.sum((0, 2, 3)) if needs[2] else None
