@@ -210,21 +210,28 @@ print(ak.last_backend("pyramid_pool"))
     assert "environment variable ANNNET_BACKEND: expected one of triton, native, reference" in failed.stderr
 
 
-def test_importing_is_quick_and_wakes_nothing():
-    code = """
+IMPORT = """
 import sys, time, torch
-started = time.perf_counter()
+def asked(*args, **kwargs):
+    raise AssertionError("importing asks CUDA")
+for name in ("_lazy_init", "is_available", "device_count", "current_device", "get_device_capability"):
+    setattr(torch.cuda, name, asked)
+before = set(sys.modules)
+started = time.process_time()
 import annnet_kernels
-print(time.perf_counter() - started)
-assert "triton" not in sys.modules and "torchvision" not in sys.modules, "imported something heavy"
-assert not torch.cuda.is_initialized(), "CUDA was woken"
+print(time.process_time() - started)
+heavy = ("triton", "torchvision", "onnx", "mmseg", "torch._dynamo", "torch._inductor", "torch.distributed.fsdp")
+new = sorted(name for name in set(sys.modules) - before if name.startswith(heavy))
+assert not new, f"importing imports {new[:3]}"
+assert "triton" not in sys.modules
 """
-    seconds = []
-    for _ in range(3):
-        finished = run_python(code)
-        assert finished.returncode == 0, finished.stderr
-        seconds.append(float(finished.stdout))
-    assert min(seconds) < 0.3
+
+
+def test_importing_is_quick_and_wakes_nothing():
+    """Of the processor's time: what else runs on the machine makes the clock's as long as it likes."""
+    finished = run_python(IMPORT)
+    assert finished.returncode == 0, finished.stderr
+    assert float(finished.stdout) < 0.3
 
 
 @pytest.mark.parametrize("order", ["import annnet_kernels as ak, torch.utils.flop_counter as c",
