@@ -69,6 +69,6 @@ class Order:
 
 
 def _start_worker(_: int) -> None:
-    """A worker ends when the training process says so, and not by the Ctrl-C that tells that one to save."""
+    """A worker ends when the training process does, and not by a signal to both that tells that one to save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

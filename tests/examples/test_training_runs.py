@@ -137,7 +137,7 @@ def test_an_error_in_a_worker_is_one_line(tiny, data, capsys):
 
 
 def test_a_killed_run_resumes_to_the_same_weights(tiny, tmp_path):
-    """Ended by SIGTERM, resumed, ended by Ctrl-C, which loaders' workers get as well, and resumed again."""
+    """Ended by SIGTERM, resumed, ended by Ctrl-C, and resumed again. Loaders' workers get the signals as well."""
     settings = {"steps": 30, "log_every": 1, "dropout": 0.3, "workers": 1, "keep": 1}
     whole, interrupted = tiny(out=tmp_path / "whole", **settings), tiny(resume="last", **settings)
     reference = start(whole)
@@ -147,7 +147,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tiny, tmp_path):
         taken = (line for line in process.stdout if line.startswith("step "))
         for _ in range(4):
             next(taken)
-        os.kill(process.pid, number) if number == signal.SIGTERM else os.killpg(process.pid, number)
+        os.killpg(process.pid, number)
         printed = finish(process, status=128 + number)
         (saved,) = checkpoint.newest_first(interrupted.out / "checkpoints")
         assert f"saved {saved}; --resume continues there" in printed
