@@ -68,6 +68,8 @@ def attention_tile(
         through_registers = key_channels % 8 or value_channels % 8 or strided or (normalised and several_blocks)
         if heavy and (capability[0] != 9 or through_registers):
             pixels = 64
+        if backward and through_registers and warp_level and not several_blocks:
+            registers = _ALL_REGISTERS
         # Half a chunk of queries less in registers makes 180 of 255 and a spill (sm_120).
         if (warp_level or strided) and (normalised or several_blocks):
             widest_key = 32
