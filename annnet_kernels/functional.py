@@ -126,6 +126,8 @@ def asymmetric_attention(
     if onnx.exporting():
         out, attention = onnx.asymmetric_attention(query, key, value, factor)
         return (out, attention.transpose(1, 2)) if return_attention else out
+    if value is key:  # torch.compile traces no Function that gets one tensor twice
+        value = value.view_as(value)
     out, logsumexp = AsymmetricAttention.apply(query, key, value, factor, requested_backend())
     return (out, _attention(query, key, factor, logsumexp)) if return_attention else out
 
