@@ -217,6 +217,7 @@ def run(chosen: argparse.Namespace, console: Console) -> int:
             "model": "(flop_per_pixel · pixels / R + flop_everywhere) / rate + messages · latency"
             " + 2 (R - 1) / R · bytes / bandwidth; rate, latency and bandwidth are assumed",
         },
+        "load_before": os.getloadavg()[0],
         "measured": [],
         "assumptions": asdict(given),
         "model": [],
@@ -235,6 +236,10 @@ def run(chosen: argparse.Namespace, console: Console) -> int:
         console.print(
             f"{max(chosen.processes)} processes of {chosen.threads} threads share {cores} cores: they cannot be faster "
             f"than {cores} threads, and are measured to show that nothing breaks."
+        )
+    if record["load_before"] > cores / 4:
+        console.print(
+            f"Others used this machine: its load was {record['load_before']:.1f} before; times are theirs too."
         )
     console.print(f"The model assumes {given.rate:g} FLOP/s, {given.latency:g} s and {given.bandwidth:g} bytes/s.")
     save(record, chosen.out)
@@ -273,13 +278,16 @@ def _measured_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _model_table(kind: str, batch: int, work: Work, given: Assumptions) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=f"{kind}, batch {batch}, modelled: ms per training step (efficiency)")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"{kind}, batch {batch}, modelled: ms per training step, and efficiency, by processes",
+    )
     for heading in ("map", *(f"{ranks}" for ranks in RANKS), "half used to"):
         table.add_column(heading, justify="right", no_wrap=heading == "map")
     for height, width in MAPS:
         pixels = height * width
         cells = [
-            f"{work.seconds(pixels, ranks, given) * 1e3:.2f} ({work.efficiency(pixels, ranks, given):.0%})"
+            f"{work.seconds(pixels, ranks, given) * 1e3:.3g}\n{work.efficiency(pixels, ranks, given):.0%}"
             for ranks in RANKS
         ]
         table.add_row(f"{height}×{width}", *cells, str(work.last_that_pays(pixels, given)))
