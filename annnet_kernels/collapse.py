@@ -62,7 +62,7 @@ class Weights(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """The modules of an AFNB or APNB, whatever their names; ``key is query`` in an APNB."""
+    """The modules of an AFNB or APNB, whatever their names. No properties: torch 2.10 cannot trace those of a tuple."""
 
     key: Projection
     query: Projection
@@ -74,7 +74,10 @@ class Parts(NamedTuple):
     containers: Sequence[nn.Module]
     container_types: Sequence[type] | None = None  # what the containers must be; None: as they were when recognised
 
-    @property
+    def is_shared(self) -> bool:
+        """Whether queries and keys are one projection, as in an APNB."""
+        return self.key.conv is self.query.conv
+
     def pool_sizes(self) -> list[tuple[int, int]]:
         sizes = [pool.output_size for pool in self.pools]
         return [cast("tuple[int, int]", size if isinstance(size, tuple) else (size, size)) for size in sizes]
@@ -90,7 +93,7 @@ def collapsed_forward(parts: Parts, low: Tensor, high: Tensor, *, recompute: boo
             "expected a block in evaluation mode for an export to ONNX, got training mode: call .eval() first"
         )
     weights = weights_of(parts)
-    value = token_values(weights, pyramid_pool(low, parts.pool_sizes))
+    value = token_values(weights, pyramid_pool(low, parts.pool_sizes()))
     product = Product(None if weights.high is None else high, weights.high, constant_of(parts, weights))
     attend = _attention(parts, low, high, value, product)
     out = attend()
@@ -102,15 +105,15 @@ def collapsed_forward(parts: Parts, low: Tensor, high: Tensor, *, recompute: boo
 
 def _attention(parts: Parts, low: Tensor, high: Tensor, value: Tensor, product: Product) -> Callable[[], Tensor]:
     """Makes A U + product, with queries from ``high`` and keys from ``low``; statistics are updated here, once."""
-    shared = parts.key is parts.query
+    shared = parts.is_shared()
     calls = 2 if shared else 1  # in an APNB the published block projects twice
     if not _is_fusable(parts.query):
         query = _rectified(parts.query, high, calls)
-        tokens = pyramid_pool(query, parts.pool_sizes) if shared else _pooled_key(parts, low)
+        tokens = pyramid_pool(query, parts.pool_sizes()) if shared else _pooled_key(parts, low)
         return lambda: asymmetric_attention(query, tokens, value.to(query.dtype)) + _sum_of(product, query)
     y, norm = _raw(parts.query, high, calls)
     key = None if shared else _pooled_key(parts, low)
-    return partial(attend_rectified, y, norm, key, value, product, parts.pool_sizes)
+    return partial(attend_rectified, y, norm, key, value, product, parts.pool_sizes())
 
 
 def _sum_of(product: Product, query: Tensor) -> Tensor:
@@ -142,9 +145,9 @@ def made_again(out: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
 def _pooled_key(parts: Parts, low: Tensor) -> Tensor:
     """Keys of an AFNB, (B, C_k, T)."""
     if not _is_fusable(parts.key):
-        return pyramid_pool(_rectified(parts.key, low, calls=1), parts.pool_sizes)
+        return pyramid_pool(_rectified(parts.key, low, calls=1), parts.pool_sizes())
     y, norm = _raw(parts.key, low, calls=1)
-    return pool_rectified(y, norm, parts.pool_sizes)
+    return pool_rectified(y, norm, parts.pool_sizes())
 
 
 def _finish(tail: Sequence[nn.Module], out: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def _inputs(parts: Parts) -> list[Tensor]:
     """One map for a pyramid block, two of different size for a fusion block."""
     generator = torch.Generator().manual_seed(1)
     shapes = [(2, parts.query.conv.in_channels, 13, 11)]
-    if parts.key is not parts.query:
+    if not parts.is_shared():
         shapes.insert(0, (2, parts.key.conv.in_channels, 10, 9))
     return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
 

@@ -272,7 +272,7 @@ def fold_pair(block: FoldedBlock, conv: nn.Conv2d) -> FoldedPair:
 
 def folded_forward(block: FoldedBlock, parts: Parts, low: Tensor, high: Tensor) -> Tensor:
     """The output of a folded block, (B, C_out, H, W)."""
-    pooled = pyramid_pool(low, parts.pool_sizes)
+    pooled = pyramid_pool(low, parts.pool_sizes())
     with no_autocast(low.device.type):
         value = torch.matmul(block.token_matrix.t(), pooled.to(block.token_matrix.dtype))
     product = Product(None if block.weight is None else high, block.weight, block.constant)
@@ -282,7 +282,7 @@ def folded_forward(block: FoldedBlock, parts: Parts, low: Tensor, high: Tensor) 
 
 def merged_forward(pair: FoldedPair, conv: nn.Conv2d, parts: Parts, low: Tensor, high: Tensor) -> Tensor:
     """The output of the convolution behind a folded AFNB, (B, O, H', W')."""
-    pooled = pyramid_pool(low, parts.pool_sizes)
+    pooled = pyramid_pool(low, parts.pool_sizes())
     batch, _, tokens = pooled.shape
     # The attention itself as a map, and a last channel of ones (its rows sum to 1) that carries the constant.
     selector = torch.cat([torch.eye(tokens), torch.ones(1, tokens)]).to(pooled).expand(batch, -1, -1)
@@ -301,7 +301,7 @@ def merged_forward(pair: FoldedPair, conv: nn.Conv2d, parts: Parts, low: Tensor,
 def _attend(parts: Parts, low: Tensor, high: Tensor, value: Tensor, product: Product) -> Tensor:
     y = F.conv2d(high, parts.query.conv.weight, parts.query.conv.bias)
     key = None
-    if parts.key is not parts.query:
+    if not parts.is_shared():
         raw = F.conv2d(low, parts.key.conv.weight, parts.key.conv.bias)
-        key = pool_rectified(raw, normalization(parts.key.norm, raw), parts.pool_sizes)
-    return attend_rectified(y, normalization(parts.query.norm, y), key, value, product, parts.pool_sizes)
+        key = pool_rectified(raw, normalization(parts.key.norm, raw), parts.pool_sizes())
+    return attend_rectified(y, normalization(parts.query.norm, y), key, value, product, parts.pool_sizes())

@@ -35,7 +35,6 @@ class Normalization(NamedTuple):
     samples: int | Tensor | None
     group: Any
 
-    @property
     def vectors(self) -> tuple[Tensor | None, ...]:
         return self.mean, self.invstd, self.weight, self.bias, self.shift
 
@@ -164,7 +163,7 @@ def pool_rectified(y: Tensor, norm: Normalization, pool_sizes: Sequence[tuple[in
     """pyramid_pool(relu(z)), (B, C, H, W) → (B, C, T)."""
     heights, widths = zip(*pool_sizes, strict=True)
     tokens: Tensor = NormalizedPool.apply(
-        y, *norm.vectors, norm.samples, norm.group, list(heights), list(widths), requested_backend()
+        y, *norm.vectors(), norm.samples, norm.group, list(heights), list(widths), requested_backend()
     )
     return tokens
 
@@ -190,7 +189,7 @@ def attend_rectified(
     out: Tensor
     out, _, _ = NormalizedAttention.apply(
         y,
-        *norm.vectors,
+        *norm.vectors(),
         key,
         value.to(y.dtype),
         *(None if operand is None else operand.to(y.dtype) for operand in product),
@@ -226,5 +225,5 @@ def apply_scaled_tail(y: Tensor, norm: Normalization, relu: bool, scale: Tensor 
     if not (torch.is_grad_enabled() or torch.compiler.is_exporting()):  # an exported program writes nothing in place
         torch.ops.annnet.batch_norm_apply_(y, norm.mean, norm.invstd, norm.weight, norm.bias, scale, relu)
         return y
-    out: Tensor = NormalizedTail.apply(y, *norm.vectors, scale, relu, norm.samples, norm.group, requested_backend())
+    out: Tensor = NormalizedTail.apply(y, *norm.vectors(), scale, relu, norm.samples, norm.group, requested_backend())
     return out

@@ -289,7 +289,7 @@ class _RowSharded(Foldable):
         own = getattr(type(self), "original", type(self).unsharded)
         arguments = inspect.signature(own.forward).bind(self, *args, **kwargs).arguments
         names = list(arguments)[1:]
-        projections = (parts.query,) if parts.key is parts.query else (parts.key, parts.query)
+        projections = (parts.query,) if parts.is_shared() else (parts.key, parts.query)
         if len(names) != len(projections):
             raise TypeError(f"expected {len(projections)} maps, got the arguments {', '.join(names)}")
         checks.block_inputs(**{name: (arguments[name], p.conv) for name, p in zip(names, projections, strict=True)})
@@ -336,7 +336,7 @@ def _drops(parts: Parts) -> bool:
 
 
 def _pyramid(parts: Parts) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    heights, widths = zip(*parts.pool_sizes, strict=True)
+    heights, widths = zip(*parts.pool_sizes(), strict=True)
     return heights, widths
 
 

@@ -154,7 +154,7 @@ class _FusedForward(Foldable):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         parts = self.parts()
-        maps = self._maps(args, kwargs, count=1 if parts.key is parts.query else 2)
+        maps = self._maps(args, kwargs, count=1 if parts.is_shared() else 2)
         if maps is None or runs_plain(parts):
             return type(self).original.forward(self, *args, **kwargs)
         if (fold := self.current_fold()) is not None:

@@ -229,7 +229,7 @@ class RectifiedAttention(NormalizedAttention):
 
 def sharded_forward(parts: Parts, low: Tensor, high: Tensor, band: Band, group: Any, recompute: bool) -> Tensor:
     """The rows of the block's output that belong to this process, (B, C_out, rows', W')."""
-    shared = parts.key is parts.query
+    shared = parts.is_shared()
     readings = [_read(parts.key, low, calls=2 if shared else 1)]
     if not shared:
         readings.append(_read(parts.query, high, calls=1))
@@ -244,7 +244,7 @@ def sharded_forward(parts: Parts, low: Tensor, high: Tensor, band: Band, group: 
         band,
         group,
         requested_backend(),
-        *(vector for norm in norms for vector in norm.vectors),
+        *(vector for norm in norms for vector in norm.vectors()),
     )
     weights = weights_of(parts)
     value = token_values(weights, tokens)
@@ -274,7 +274,7 @@ def _attend(query: Tensor, norm: Normalization, keys: Tensor, value: Tensor, pro
     out: Tensor
     out, _, _ = RectifiedAttention.apply(
         query,
-        *norm.vectors,
+        *norm.vectors(),
         keys,
         value.to(query.dtype),
         *(None if operand is None else operand.to(query.dtype) for operand in product),
