@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse(arguments)
         with joined(options.device) as processes, StopRequest() as stop:
             training = Training(options, processes)
-            training.resume(print if processes.leads else lambda text: None)
+            training.resume()
             with Monitor(options, training.step, processes.leads) as monitor:
                 if number := train(training, monitor, stop):
                     return 128 + number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,8 +39,8 @@ class SmallBackbone(nn.Module):
         return low, self.last(low)
 
 
-def build(options: Options, num_classes: int) -> ak.ANNNet:
-    """ANNNet as the options describe it, with the weights to start from."""
+def build(options: Options, num_classes: int, say: Callable[[str], None] = print) -> ak.ANNNet:
+    """ANNNet as the options describe it, with the weights to start from; ``say`` is told what a file held."""
     settings = {"aux": options.aux_weight > 0, "dropout": options.dropout, "blocks": options.blocks}
     if options.width_small:
         network = ak.ANNNet(num_classes, SmallBackbone(), channels=128, key_channels=64, value_channels=64, **settings)
@@ -48,7 +49,7 @@ def build(options: Options, num_classes: int) -> ak.ANNNet:
     else:
         network = _from_torchvision(options, num_classes, settings)
     if options.weights is not None and Path(options.weights).exists():
-        print(ak.load_checkpoint(network, options.weights))
+        say(str(ak.load_checkpoint(network, options.weights)))
     elif options.weights is not None and options.width_small:
         raise UserError(f"--weights: no such file: {options.weights} (torchvision has none for --width-small)")
     if options.precision == "fp64":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ class Training:
         self.validation = Pictures(open_source(options, "val"), evaluation_transform())
         self.order = Order(self.pictures, options, processes)
         torch.manual_seed(options.seed)
-        self.network = build(options, len(self.pictures.source.classes)).to(processes.device)
+        self.network = build(options, len(self.pictures.source.classes), self.say).to(processes.device)
         if options.compile:
             self.network.compile()
         self.model = shared(self.network, options.parallel, options.sync_bn, processes)
@@ -44,6 +43,11 @@ class Training:
         self._losses = torch.empty(0, dtype=torch.float64)
         self._new_losses: list[Tensor] = []
         self._seed_dropout()
+
+    def say(self, text: str) -> None:
+        """Print, if this is the leading process."""
+        if self.processes.leads:
+            print(text, flush=True)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -129,26 +133,26 @@ class Training:
         else:  # of another number of processes, no state of which would be right here
             self._seed_dropout()
 
-    def resume(self, say: Callable[[str], None]) -> None:
+    def resume(self) -> None:
         """Continue as ``--resume`` or a restart by torchrun asks."""
         asked = self.options.resume
         found = checkpoint.newest_first(self.folder)
-        if asked is not None and asked != LAST:
-            self.restore(Path(asked))
-        elif asked == LAST or self.processes.restarted:
+        if asked == LAST or self.processes.restarted:
             for path in found:
                 try:
                     self.restore(path)
                 except DamagedError as refusal:
-                    say(f"refused: {refusal}")
+                    self.say(f"refused: {refusal}")
                 else:
                     break
-        elif found:
+        elif found and asked is None:
             raise CheckpointError(f"{found[0]}: a run has been here; --resume continues it, another --out starts anew")
+        if not self.step and asked not in (None, LAST):
+            self.restore(Path(asked))
         if self.step:
-            say(f"continuing at step {self.step} of {self.options.steps}")
+            self.say(f"continuing at step {self.step} of {self.options.steps}")
         elif asked is not None:
-            say(f"no checkpoint in {self.folder}, starting anew")
+            self.say(f"no checkpoint in {self.folder}, starting anew")
 
     def _recipe(self) -> dict[str, Any]:
         """The options that decide the weights, and the number of training pictures."""

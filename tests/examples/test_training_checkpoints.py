@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, damage noticed, other runs refused, and a run goes on as if never interrupted."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ ALONE = Processes(torch.device("cpu"))
 def run(options, until=None):
     """Train to the end, or stop as a signal would after the step ``until``."""
     training = Training(options, ALONE)
-    training.resume(print)
+    training.resume()
     stop = StopRequest()
     with Monitor(options, training.step, True) as monitor:
         advance = training.advance
@@ -133,7 +134,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_last_good_one_used(stop
     with pytest.raises(DamagedError, match=str(newest)):
         checkpoint.read(newest)
     training = Training(stopped, ALONE)
-    training.resume(print)
+    training.resume()
     assert training.step == 2
     assert f"refused: {newest}: " in capsys.readouterr().out.replace("\n", "")
     assert good.read_bytes() == before
@@ -156,7 +157,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(tiny, stopped):
         training = Training(tiny(steps=4, batch_size=1, lr=0.5, resume=resume), ALONE)
         weights = {name: value.clone() for name, value in training.network.state_dict().items()}
         with pytest.raises(CheckpointError, match=expected):
-            training.resume(print)
+            training.resume()
         assert_same(weights, dict(training.network.state_dict()))
     assert len(checkpoint.newest_first(newest.parent)) == 2
 
@@ -170,12 +171,21 @@ def test_a_checkpoint_of_another_network_is_refused_by_name(stopped):
         checkpoint.check_shapes(newest, {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, network)
 
 
+def test_a_restart_goes_on_from_the_newest_checkpoint(tiny, stopped):
+    """Not from the one that the first start was given."""
+    _, older = checkpoint.newest_first(stopped.out / "checkpoints")
+    for restarted, step in ((True, 3), (False, 2)):
+        training = Training(tiny(steps=4, resume=str(older)), replace(ALONE, restarted=restarted))
+        training.resume()
+        assert training.step == step
+
+
 def test_what_to_resume_is_never_guessed(tiny, stopped, tmp_path, capsys):
     with pytest.raises(CheckpointError, match="a run has been here; --resume continues it"):
-        Training(tiny(steps=4), ALONE).resume(print)
+        Training(tiny(steps=4), ALONE).resume()
     with pytest.raises(CheckpointError, match=r"nowhere.pt: no such checkpoint"):
-        Training(tiny(steps=4, resume="nowhere.pt"), ALONE).resume(print)
-    Training(tiny(out=tmp_path / "new", resume="last"), ALONE).resume(print)
+        Training(tiny(steps=4, resume="nowhere.pt"), ALONE).resume()
+    Training(tiny(out=tmp_path / "new", resume="last"), ALONE).resume()
     assert "starting anew" in capsys.readouterr().out
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match="no checkpoint of this program, it lacks format, recipe"):

@@ -1,5 +1,8 @@
 """Pictures and labels: what is read, how it is augmented, in which order, and what is refused."""
 
+import multiprocessing
+import subprocess
+
 import numpy as np
 import pytest
 import torch
@@ -180,3 +183,18 @@ def test_torchvision_data_sets_are_read(tiny, tmp_path, dataset, make, classes, 
     assert len(source.classes) == classes
     assert image.shape == (3, 2, len(labels))
     assert found.tolist() == [expected, expected]
+
+
+def test_a_loader_s_worker_ends_when_the_run_says_so_and_not_before(tiny):
+    """A scheduler's SIGTERM goes to all processes; the training process needs its workers until it has saved."""
+    options = tiny(workers=1, batch_size=1)
+    batches = Order(pictures(options), options, Processes(CPU)).batches(0)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    for _ in range(9):
+        next(batches)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
