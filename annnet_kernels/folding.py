@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +103,10 @@ class Foldable(nn.Module):
         """The modules that the collapse reads."""
         raise NotImplementedError
 
+    def has_own_forward(self) -> bool:
+        """Whether a subclass, or somebody on this very block, put another forward in the place of this package's."""
+        return "forward" in vars(self) or not type(self).forward.__module__.startswith(f"{__package__}.")
+
     def train(self, mode: bool = True) -> Foldable:
         if mode:
             self.unfold()
@@ -127,16 +131,21 @@ def merged_convolution(
     """conv(fusion(low, high)) by the merged weights where ``fusion`` was folded with ``conv``; None where it was not.
 
     A merge skips the modules ``through`` which the map passes in between: an active dropout is not skipped, and whoever
-    hooks one of them gets it called.
+    hooks one of them, or gives it another forward, gets it called.
     """
-    fold = fusion.current_fold() if isinstance(fusion, Foldable) else None
-    if fold is None or fold.pair is None or fold.conv is not conv:
+    if not isinstance(fusion, Foldable):
         return None
-    watched = any(getattr(module, hooks) for module in (fusion, conv, *through) for hooks in HOOKS)
-    parts = cast(Foldable, fusion).parts()
-    if watched or any(map(_drops, through)) or why_plain(parts) is not None:
+    fold = fusion.current_fold()
+    if fold is None or fold.pair is None or fold.conv is not conv or fusion.has_own_forward():
+        return None
+    parts = fusion.parts()
+    if any(map(_is_watched, (fusion, conv, *through))) or any(map(_drops, through)) or why_plain(parts) is not None:
         return None
     return merged_forward(fold.pair, fold.conv, parts, low, high)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS)
 
 
 def _drops(module: nn.Module) -> bool:
@@ -214,10 +223,11 @@ def fold_for_inference(model: nn.Module) -> FoldReport:
 def _pairs(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Conv2d]]:
     """Blocks whose output goes, inactive dropout apart, to one convolution and nowhere else."""
     following = getattr(type(module), "convolution_behind_fusion", None)
-    if following is not None:
+    fusion = getattr(module, "fusion", None)
+    if following is not None and isinstance(fusion, Foldable) and not fusion.has_own_forward():
         conv = following(module)
         if type(conv) is nn.Conv2d and conv.groups == 1 and conv.padding_mode == "zeros":
-            yield module.fusion, conv  # type: ignore[misc]
+            yield fusion, conv
 
 
 def why_not_folded(parts: Parts) -> str | None:

@@ -170,13 +170,13 @@ class ANNNet(nn.Module):
 
     def _context_of(self, low: Tensor, high: Tensor) -> Tensor:
         """Behind AFNB, convolution and APNB; AFNB and convolution merged where they were folded."""
-        conv, norm_relu, refine = self.context
-        merged = merged_convolution(self.fusion, conv, low, high, through=(self.context,))
-        return cast(Tensor, self.context(self.fusion(low, high)) if merged is None else refine(norm_relu(merged)))
+        merged = merged_convolution(self.fusion, self.context[0], low, high, through=(self.context,))
+        return cast(Tensor, self.context(self.fusion(low, high)) if merged is None else self.context[1:](merged))
 
     def convolution_behind_fusion(self) -> nn.Conv2d | None:
         """The convolution that alone reads the AFNB's output; None where a subclass may route it otherwise."""
-        return cast(nn.Conv2d, self.context[0]) if type(self).forward is ANNNet.forward else None
+        usual = type(self).forward is ANNNet.forward and type(self.context).forward is nn.Sequential.forward
+        return cast(nn.Conv2d, self.context[0]) if usual else None
 
     def _resize(self, logits: Tensor, size: torch.Size) -> Tensor:
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=self.align_corners)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from itertools import product
 
 import pytest
 import torch
@@ -105,6 +106,70 @@ def test_a_change_undoes_the_fold(change, monkeypatch):
     change(net)
     assert "merged_forward" not in runs_folded(net, monkeypatch, x)
     expected = copy.deepcopy(net)(x)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), expected)
+
+
+class Doubling(ak.AFNB):
+    def forward(self, low, high):
+        return 2 * super().forward(low, high)
+
+
+class DoublingSequential(nn.Sequential):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def subclass_the_block(net):
+    net.fusion.__class__ = Doubling
+
+
+def subclass_the_container(net):
+    net.context.__class__ = DoublingSequential
+
+
+def double(module):
+    own = module.forward
+    module.forward = lambda *maps: 2 * own(*maps)
+
+
+def double_the_block(net):
+    double(net.fusion)
+
+
+def double_the_convolution(net):
+    double(net.context[0])
+
+
+def double_the_container(net):
+    double(net.context)
+
+
+@pytest.mark.parametrize(
+    ("change", "folded_before"),
+    [
+        (subclass_the_block, False),
+        (subclass_the_container, False),
+        *product((double_the_block, double_the_convolution, double_the_container), (False, True)),
+    ],
+)
+def test_a_forward_that_is_not_the_published_one_is_called(change, folded_before):
+    net, x = model()
+    twin = copy.deepcopy(net)
+    change(twin)
+    expected = twin(x).detach()
+    for act in (ak.fold_for_inference, change) if folded_before else (change, ak.fold_for_inference):
+        act(net)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), expected)
+
+
+def test_more_modules_behind_the_convolution_are_called(monkeypatch):
+    net, x = model()
+    net.context.append(nn.Tanh())
+    expected = net(x).detach()
+    ak.fold_for_inference(net)
+    assert "merged_forward" in runs_folded(net, monkeypatch, x)
     with torch.no_grad():
         torch.testing.assert_close(net(x), expected)
 
