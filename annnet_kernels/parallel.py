@@ -72,8 +72,8 @@ def shard_rows(module: _Module, group: ProcessGroup | DeviceMesh | None = None) 
         TypeError: ``module`` is no module instance, or ``group`` is none of the above.
         RuntimeError: there is no process group.
         ValueError: ``module`` holds no block, one that is sharded already, one that :func:`replace_blocks` has not
-            replaced, or one that cannot be sharded, since its published forward would run or its norm is unknown; this
-            process is not in ``group``; or the mesh has several dimensions.
+            replaced, or one that cannot be sharded, since its published forward or one of its own would run, or its
+            norm is unknown; this process is not in ``group``; or the mesh has several dimensions.
 
     Example:
         >>> import torch, torch.distributed as dist, annnet_kernels as ak
@@ -92,6 +92,8 @@ def shard_rows(module: _Module, group: ProcessGroup | DeviceMesh | None = None) 
             raise ValueError(f"module: {label} is sharded already; unshard_rows first")
         if isinstance(block, Foldable):
             reason = _why_not(block.parts(), rows.group)
+            if block.has_own_forward():
+                reason = "a forward of its own"
             if reason is not None:
                 raise ValueError(f"module: {label} cannot be sharded, because of {reason}")
             blocks.append(block)

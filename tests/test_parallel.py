@@ -487,6 +487,17 @@ def hooked():
     return block
 
 
+class OwnForward(ak.APNB):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def patched():
+    block = ak.APNB(6, 7, 4, 3)
+    block.forward = block.forward
+    return block
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
@@ -497,6 +508,8 @@ def hooked():
             "GroupNorm in the place of a batch norm",
         ),
         (hooked, "the module cannot be sharded, because of Conv2d carries forward hooks"),
+        (lambda: OwnForward(6, 7, 4, 3), "the module cannot be sharded, because of a forward of its own"),
+        (patched, "the module cannot be sharded, because of a forward of its own"),
     ],
 )
 def test_what_cannot_be_sharded_is_named(module, message, alone):
