@@ -234,7 +234,7 @@ def constant_of(parts: Parts, weights: Weights) -> Tensor:
 
 
 def _affine(weight: Tensor, x: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(x, weight.flatten(1).to(x.dtype), bias)
+    return torch.mv(weight.flatten(1).to(x.dtype), x) + bias
 
 
 def _bias(conv: nn.Conv2d, weight: Tensor) -> Tensor:
