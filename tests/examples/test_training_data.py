@@ -1,6 +1,7 @@
 """Pictures and labels: what is read, how it is augmented, in which order, and what is refused."""
 
 import multiprocessing
+import statistics
 import subprocess
 
 import numpy as np
@@ -43,7 +44,7 @@ def test_augmented_labels_stay_on_their_pixels(tiny):
     """Scaled, cropped and mirrored, a pixel's colour still tells its class, and padding is void."""
     options = tiny(jitter=0.0, scale=(0.4, 2.0), crop=64)
     source = pictures(options)
-    flipped, padded = set(), set()
+    agreeing, drawn, padded = [], set(), set()
     for epoch in range(6):
         for index in range(len(source)):
             image, labels = source[epoch, index]
@@ -51,12 +52,13 @@ def test_augmented_labels_stay_on_their_pixels(tiny):
             assert labels.shape == (64, 64)
             distance = (natural(image)[None] * 255 - torch.tensor(COLOURS).float()[:, :, None, None]).square().sum(1)
             known = labels != IGNORE
-            agreeing = (distance[:3].argmin(0) == labels)[known].float().mean()
-            assert agreeing > 0.9, agreeing  # borders mix colours
+            agreeing.append(float((distance[:3].argmin(0) == labels)[known].float().mean()))
             padded.add(bool((labels == IGNORE).float().mean() > 0.5))
-            flipped.add(float(image.sum()))
+            drawn.add(image.numpy().tobytes())
+    assert statistics.median(agreeing) > 0.93  # borders mix colours
+    assert min(agreeing) > 0.7
     assert padded == {True, False}
-    assert len(flipped) == 42  # no two alike
+    assert len(drawn) == 42  # no two alike
 
 
 def test_augmentation_depends_on_epoch_and_index_alone(tiny):
@@ -189,8 +191,9 @@ def test_a_loader_s_worker_ends_when_the_run_says_so_and_not_before(tiny):
     """A scheduler's SIGTERM goes to all processes; the training process needs its workers until it has saved."""
     options = tiny(workers=1, batch_size=1)
     batches = Order(pictures(options), options, Processes(CPU)).batches(0)
+    others = multiprocessing.active_children()
     next(batches)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = [process for process in multiprocessing.active_children() if process not in others]
     subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
     for _ in range(9):
         next(batches)
