@@ -108,7 +108,7 @@ def _averages(x: Value, dim: int, sizes: Sequence[int]) -> Value:
 def _attend(query: Value, key: Value, value: Value, scale: float) -> tuple[Value, Value]:
     """(B, Cv, H, W), and the logsumexp (B, N), which no block reads and an optimizer drops."""
     pixels = op.Reshape(query, op.Concat(op.Shape(query, start=0, end=2), _integers([-1]), axis=0))
-    factor = op.CastLike(op.Constant(value=ir.tensor(scale, dtype=ir.DataType.FLOAT)), query)
+    factor = op.CastLike(op.Constant(value=ir.tensor(scale, dtype=ir.DataType.DOUBLE)), query)
     logits = op.MatMul(op.Transpose(op.Mul(key, factor), perm=[0, 2, 1]), pixels)
     out = op.MatMul(value, op.Softmax(logits, axis=1))
     shape = (op.Shape(query, start=0, end=1), op.Shape(value, start=1, end=2), op.Shape(query, start=2, end=4))

@@ -139,6 +139,14 @@ def test_every_size_runs_from_one_graph(case, exporter, tmp_path):
         assert_as_accurate_as_plain(results, torch.float32)
 
 
+def test_a_program_in_float64_is_written_with_its_scale_in_float64(tmp_path):
+    """The exporter itself rounds the Python numbers of standard operators to float32: those of the attention map."""
+    operators, _, channels = build_operators()
+    maps = tuple(torch.randn(2, c, 19, 18, dtype=torch.float64) for c in channels)
+    _, session = export(operators, maps, "program", tmp_path / "graph.onnx")
+    torch.testing.assert_close(run(session, maps)[0], operators(*maps)[0], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("exporter", EXPORTERS[:2])
 def test_a_folded_network_is_exported_unfolded(exporter, tmp_path):
     """A fold loops over the images of a batch; the runtime multiplies constant weights by itself."""
