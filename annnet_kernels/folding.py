@@ -295,7 +295,8 @@ def merged_forward(pair: FoldedPair, conv: nn.Conv2d, parts: Parts, low: Tensor,
     pooled = pyramid_pool(low, parts.pool_sizes())
     batch, _, tokens = pooled.shape
     # The attention itself as a map, and a last channel of ones (its rows sum to 1) that carries the constant.
-    selector = torch.cat([torch.eye(tokens), torch.ones(1, tokens)]).to(pooled).expand(batch, -1, -1)
+    own = torch.eye(tokens, dtype=pooled.dtype, device=pooled.device)
+    selector = torch.cat([own, pooled.new_ones(1, tokens)]).expand(batch, -1, -1)
     attention = _attend(parts, low, high, selector, Product(None, None, None))
     with no_autocast(low.device.type):
         kernels = torch.matmul(pair.token_weight, pooled.to(pair.token_weight.dtype)[:, None, None])

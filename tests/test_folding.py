@@ -9,6 +9,7 @@ import torch
 from block_rule import CLASSES, build, draw_maps, randomise
 from test_model import tiny
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import annnet_kernels as ak
 from annnet_kernels import folding
@@ -162,6 +163,25 @@ def test_a_forward_that_is_not_the_published_one_is_called(change, folded_before
         act(net)
     with torch.no_grad():
         torch.testing.assert_close(net(x), expected)
+
+
+class Copies(TorchDispatchMode):
+    """How many tensors are copied to another dtype or device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_merge_makes_what_it_needs_where_it_needs_it():
+    """On a GPU a copy from the CPU would wait for it, and no graph could be captured."""
+    net, x = model()
+    ak.fold_for_inference(net)
+    with torch.no_grad(), Copies() as copies:
+        net(x)
+    assert copies.count == 0
 
 
 def test_more_modules_behind_the_convolution_are_called(monkeypatch):
