@@ -21,9 +21,10 @@ class MergingHead(nn.Module):
         head: Any = self
         low, high = head._transform_inputs(inputs)
         bottleneck = head.bottleneck
-        out = merged_convolution(head.fusion, bottleneck.conv, low, high, through=(head.dropout, bottleneck))
+        dropout = nn.Identity() if head.dropout is None else head.dropout  # mmsegmentation's own head fails on None
+        out = merged_convolution(head.fusion, bottleneck.conv, low, high, through=(dropout, bottleneck))
         if out is None:
-            out = bottleneck(head.dropout(head.fusion(low, high)))
+            out = bottleneck(dropout(head.fusion(low, high)))
         else:
             out = bottleneck.norm(out) if bottleneck.with_norm else out
             out = bottleneck.activate(out) if bottleneck.with_activation else out

@@ -222,7 +222,7 @@ def _why_not(parts: Parts, group: Any) -> str | None:
         if isinstance(norm, nn.SyncBatchNorm):
             own = dist.group.WORLD if norm.process_group is None else norm.process_group
             if not ranks <= set(dist.get_process_group_ranks(own)):
-                return "a SyncBatchNorm whose processes are not all of the group's"
+                return "a SyncBatchNorm that leaves out processes of the group"
     return None
 
 

@@ -99,17 +99,22 @@ def restore_blocks(model: nn.Module) -> ReplacementReport:
 
     Raises:
         TypeError: ``model`` is no module instance.
+        ValueError: something else, such as ``shard_rows`` or ``fully_shard``, has changed a block's class since.
     """
     checks.module("model", model)
     report = ReplacementReport()
-    for name, block in model.named_modules():
+    replaced = {n: m for n, m in model.named_modules() if isinstance(m, (_FusedForward, _ReplacedHead))}
+    for name, block in replaced.items():
+        if "original" not in vars(type(block)):
+            raise ValueError(f"model: {name or 'the model'} was wrapped after it was replaced; unwrap it first")
+    for name, block in replaced.items():
         if isinstance(block, _FusedForward):
             block.unfold()
             for attribute in ("_fold", "recompute"):
                 vars(block).pop(attribute, None)
             block.__class__ = type(block).original  # type: ignore[assignment]
             report.replaced[name] = f"{type(block).__name__} restored"
-        elif isinstance(block, _ReplacedHead):
+        else:
             block.__class__ = type(block).original  # type: ignore[assignment]
     return report
 

@@ -295,3 +295,12 @@ def test_a_head_around_replaced_blocks_is_pickled_and_restored():
     ak.restore_blocks(head)
     assert type(head) is original
     torch.testing.assert_close(head(maps), expected)
+
+
+def test_our_head_needs_no_dropout(monkeypatch):
+    head, maps = running_statistics(build_head(type=FUSED, dropout_ratio=0)), features()
+    expected = head(maps).detach()
+    ak.fold_for_inference(head)
+    count, got = merges(head, maps, monkeypatch)
+    assert count == 1
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)

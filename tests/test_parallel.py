@@ -545,7 +545,7 @@ def foreign_norm(group):
     """A SyncBatchNorm that asks only a part of the processes that share a map."""
     own = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     block = nn.SyncBatchNorm.convert_sync_batchnorm(build("APNB", fused=True), own)
-    with pytest.raises(ValueError, match="a SyncBatchNorm whose processes are not all of the group's"):
+    with pytest.raises(ValueError, match="a SyncBatchNorm that leaves out processes of the group"):
         ak.parallel.shard_rows(block, group)
 
 

@@ -443,3 +443,17 @@ def test_known_code_around_something_unknown_is_compared(known_pasted_code, chan
     change(block)
     with pytest.raises(AssertionError, match="known code was compared"):
         ak.replace_blocks(block)
+
+
+def test_a_block_wrapped_since_is_not_restored():
+    """Its class would be lost, and what that class does with it."""
+    model = torch.nn.Sequential(PlainAPNB(8, 8, 4, 4), PlainAPNB(8, 8, 4, 4))
+    ak.replace_blocks(model)
+    fused = type(model[1])
+    model[1].__class__ = type("Wrapped", (fused,), {})
+    with pytest.raises(ValueError, match="model: 1 was wrapped after it was replaced; unwrap it first"):
+        ak.restore_blocks(model)
+    assert type(model[0]) is fused
+    model[1].__class__ = fused
+    ak.restore_blocks(model)
+    assert type(model[0]) is type(model[1]) is PlainAPNB
