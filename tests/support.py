@@ -69,8 +69,13 @@ FEATURES = {
         f"{POOL}::test_compiles_whole",
         "test_asymmetric_attention.py::test_compiles_whole",
     ],
+    "`torch.compile`: ten sizes, one compilation; `reduce-overhead`": [
+        "test_compile.py::test_one_compilation_serves_every_size",
+        "test_compile.py::test_cuda_graphs_of_inductor",
+    ],
     "`torch.library.opcheck` of every operator": ["test_every_operator.py::test_opcheck"],
     "`torch.export` with free sizes": ["test_export.py::test_a_new_process_runs_it_at_other_sizes"],
+    "AOTInductor with free sizes": ["test_aoti.py::test_a_new_process_that_imports_this_package_runs_it"],
     "ONNX with free sizes": ["test_onnx.py::test_every_size_runs_from_one_graph"],
     "`gradcheck`; second derivatives of the pooling": [
         f"{POOL}::test_derivatives_of_first_and_second_order",
@@ -80,6 +85,19 @@ FEATURES = {
         f"{POOL}::test_functional_transforms",
         "test_asymmetric_attention.py::test_functional_transforms",
     ],
+    "`torch.func.functional_call` under `grad` over blocks": ["test_autograd.py::test_functional_call_under_grad"],
+    "activation checkpointing, both modes": ["test_autograd.py::test_activation_checkpointing"],
+    "inference mode, saved-tensor hooks": [
+        "test_autograd.py::test_inference_mode",
+        "test_autograd.py::test_saved_tensors_may_be_kept_elsewhere",
+    ],
+    "`GradScaler`, autocast": ["test_amp.py::test_a_scaled_step_is_as_accurate_as_plain"],
+    "streams, other devices, CUDA graphs": [
+        "test_cuda.py::test_another_stream",
+        "test_cuda.py::test_a_device_that_is_not_the_current_one",
+        "test_cuda.py::test_a_training_step_in_a_cuda_graph",
+    ],
+    "deterministic mode": ["test_cuda.py::test_deterministic_mode_gives_the_same_bits"],
     "DDP, FSDP2, SyncBatchNorm": [DISTRIBUTED],
     "row shards of one map": ["test_parallel.py::test_row_shards_train_as_the_unsplit_block"],
     "`deepcopy`, `pickle`, `torch.save`": [f"{MODULES}::test_a_copy_is_a_block_of_its_own"],
