@@ -137,6 +137,12 @@ def _cpu() -> list[Case]:
     return [
         *pool((97, 97), tags=tags),
         *pool((97, 97), layout="channels_last", tags=tags),
+        *(
+            case
+            for dtype in ("bfloat16", "float16")
+            for layout in ("nchw", "channels_last")
+            for case in pool((97, 97), dtype=dtype, layout=layout, tags=tags)
+        ),
         *attention((97, 97), tags=tags),
         *attention((97, 97), layout="channels_last", tags=tags),
         *apnb((97, 97), tags=tags),

@@ -10,16 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 import annnet_kernels as ak
 
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The maps are tiny: waking a second thread costs more than it computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @pytest.fixture(params=CLASSES)
