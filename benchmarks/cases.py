@@ -121,7 +121,7 @@ def _quick() -> list[Case]:
         replace(apnb_evaluation, compiled=True),
         apnb_training,
         *afnb((33, 33), tags=tags),
-        *model((193, 193), tags=tags),
+        *model((129, 129), tags=tags),
     ]
 
 

@@ -8,6 +8,7 @@ ones, not their meaning.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ import annnet_kernels as ak
 from .cases import CLASSES, MODEL, PAIR, Case
 
 NOTE = "backbone ResNet-50 initialised at random (seed 0), normalising with each picture's own statistics"
+Maps = tuple[Tensor, ...]
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp"}
 MAX_PICTURES = 16
+FEW_PIXELS = 5000  # maps of so many take 80 MB at most
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
 
 
@@ -66,7 +69,7 @@ class Features:
         self.pictures = pictures
         self.device = device
         self._model: ak.ANNNet | None = None
-        self._cache: dict[tuple[tuple[int, int], int], tuple[Tensor, Tensor]] = {}
+        self._cache: dict[tuple[int, ...], dict[str, Maps]] = {}
 
     def images(self, size: tuple[int, int], batch: int) -> Tensor:
         """(B, 3, H, W) float32, normalised."""
@@ -86,35 +89,47 @@ class Features:
         pixels = (np.stack(crops) - np.float32(MEAN)) / np.float32(DEVIATION)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(self.device)
 
-    def maps(self, case: Case) -> tuple[Tensor, ...]:
+    def maps(self, case: Case) -> Maps:
         """The float32 inputs of a case: image; low and high; the map; or query, key map and value map."""
         if case.subject == MODEL:
             return (self.images(case.size, case.batch),)
-        low, high = self._stages(case.size, case.batch)
+        if case.subject == "asymmetric_attention":
+            return self._kept(self._projections, case)
+        low, high = self._kept(self._stages, case)
         if case.subject in ("AFNB", PAIR):
             return low, high
-        if case.channels == high.shape[1]:
-            return (high,)
-        model = self._backbone()
-        with torch.no_grad():
-            refined = _by_picture(lambda *stages: model.context[:2](model.fusion(*stages)), low, high)
-            if case.subject != "asymmetric_attention":
-                return (refined,)
-            stage = model.context[2].stages[0]
-            query = _by_picture(stage.f_query, refined)
-            return query, query.clone(), _by_picture(stage.f_value, refined)
+        return (high,) if case.channels == high.shape[1] else self._kept(self._refined, case)
 
-    def _stages(self, size: tuple[int, int], batch: int) -> tuple[Tensor, Tensor]:
-        """Maps of the backbone's last two stages, exactly of this size."""
-        if (size, batch) not in self._cache:
-            self._cache.clear()  # one size at a time: a batch of large maps takes gigabytes
-            height, width = size
-            images = self.images((8 * height - 7, 8 * width - 7), batch)
-            backbone = self._backbone().backbone
+    def _kept(self, make: Callable[[Case], Maps], case: Case) -> Maps:
+        """``make(case)``, which counts for its size; large maps leave with the next size: batches take gigabytes."""
+        size = (*case.size, case.batch)
+        if size not in self._cache:
+            self._cache = {kept: made for kept, made in self._cache.items() if prod(kept) <= FEW_PIXELS}
+        made = self._cache.setdefault(size, {})
+        if make.__name__ not in made:
             with torch.no_grad():
-                stages = [backbone(picture) for picture in images.split(1)]
-            self._cache[size, batch] = tuple(torch.cat(level) for level in zip(*stages, strict=True))
-        return self._cache[size, batch]
+                made[make.__name__] = make(case)
+        return made[make.__name__]
+
+    def _stages(self, case: Case) -> Maps:
+        """Maps of the backbone's last two stages, exactly of the case's size."""
+        height, width = case.size
+        images = self.images((8 * height - 7, 8 * width - 7), case.batch)
+        stages = [self._backbone().backbone(picture) for picture in images.split(1)]
+        return tuple(torch.cat(level) for level in zip(*stages, strict=True))
+
+    def _refined(self, case: Case) -> Maps:
+        """The map that the APNB takes."""
+        model = self._backbone()
+        low, high = self._kept(self._stages, case)
+        return (_by_picture(lambda *stages: model.context[:2](model.fusion(*stages)), low, high),)
+
+    def _projections(self, case: Case) -> Maps:
+        """What the APNB makes of its map: query, key (the same projection) and value."""
+        (refined,) = self._kept(self._refined, case)
+        stage = self._backbone().context[2].stages[0]
+        query = _by_picture(stage.f_query, refined)
+        return query, query.clone(), _by_picture(stage.f_value, refined)
 
     def _backbone(self) -> ak.ANNNet:
         """In training mode: normalising with the picture's own statistics keeps a random network's values in range."""

@@ -21,7 +21,7 @@ from .verify import Verdict, check, checked_cases
 
 OK, WRONG, OUT_OF_MEMORY, FAILED, NO_TIME = "ok", "WRONG", "out of memory", "failed", "no time left"
 MARGIN = 1.5  # over the counted peak: convolutions keep reordered copies that counting does not see
-WARM_UP = 3
+WARM_UP = 1  # the check, the memory probe and the estimate of a call's time have run each contestant before
 GRAPH_REPETITIONS = 20
 COMPILATION = 8.0  # seconds that one is expected to take before the first was seen
 CHECK_SHARE = 0.5  # of the time that a case may take; the seeds of the check stop there
@@ -75,8 +75,8 @@ class CaseRun:
         self.report = report
         self.device = features.device
         self.rows: dict[str, dict[str, Any]] = {}
-        self.end = time.monotonic() + (options.until - time.monotonic()) * options.share
         self.problem = Problem(case, features, machine.l2_bytes(self.device))
+        self.end = time.monotonic() + (options.until - time.monotonic()) * options.share
 
     def run(self) -> dict[str, Any]:
         chosen = [p for p in self.options.choose(self.case, self.options.effort) if p.name not in self.options.without]

@@ -33,7 +33,7 @@ from benchmarks import (
     results,
     verify,
 )
-from benchmarks.features import find_pictures
+from benchmarks.features import Features, find_pictures
 from benchmarks.problem import Contestant, Problem
 from benchmarks.runner import FAILED, NO_TIME, OK, OUT_OF_MEMORY, WRONG, CaseRun, Options, Pace
 from benchmarks.session import SCHEMA
@@ -543,6 +543,32 @@ class TestCases:
                 assert {OURS, PLAIN, "SDPA on pooled keys", providers.NAIVE} <= present
                 compiles = (subject, case.training) == ("APNB", False)  # it takes a large part of a quick run
                 assert ("plain compiled" in present) == compiles
+
+
+class TestFeatures:
+    def test_the_time_that_maps_take_is_not_of_their_case(self):
+        class SlowFeatures(RandomFeatures):
+            def maps(self, case):
+                time.sleep(0.3)
+                return super().maps(case)
+
+        options = Options(until=time.monotonic() + 100, share=0.002)
+        run = CaseRun(POOL, SlowFeatures(), options, lambda *_: None)
+        assert time.monotonic() < run.end < options.until
+
+    def test_maps_are_made_once_and_large_ones_leave_with_the_next_size(self, monkeypatch):
+        made = []
+
+        def _stages(self, case):
+            made.append(case.size)
+            return torch.zeros(1, 1024), torch.zeros(1, 2048)
+
+        monkeypatch.setattr(Features, "_stages", _stages)
+        maps = Features([], CPU).maps
+        small, large, larger = (replace(AFNB, size=size) for size in ((33, 33), (97, 97), (128, 128)))
+        for case in (large, replace(large, training=False), small, large, larger, small, large):
+            maps(case)
+        assert made == [large.size, small.size, large.size, larger.size, large.size]
 
 
 class TestAccuracy:
