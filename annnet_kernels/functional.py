@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks, onnx, pyramid
-from .autocast import autocast_dtype
+from .autocast import autocast_dtype, no_autocast
 from .backends import requested_backend
 from .ops import AsymmetricAttention, PyramidPool
 
@@ -135,7 +135,8 @@ def asymmetric_attention(
 @torch.no_grad()
 def _attention(query: Tensor, key: Tensor, scale: float, logsumexp: Tensor) -> Tensor:
     """The attention (B, N, T) that the operator used and did not write."""
-    logits = torch.bmm(query.flatten(2).transpose(1, 2).to(logsumexp.dtype), key.to(logsumexp.dtype)) * scale
+    with no_autocast(query.device.type):
+        logits = torch.bmm(query.flatten(2).transpose(1, 2).to(logsumexp.dtype), key.to(logsumexp.dtype)) * scale
     return (logits - logsumexp[:, :, None]).exp_()
 
 

@@ -51,6 +51,23 @@ def test_the_rule(device, dtype):
         ak.asymmetric_attention(maps[torch.float32], tokens[dtype], tokens[dtype])
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize(("device", "dtype"), PRECISIONS)
+def test_autocast_changes_nothing_inside_an_operator(device, dtype, backend):
+    def attend(*operands):
+        out, attention = ak.asymmetric_attention(*operands, return_attention=True)
+        return out, attention, *torch.autograd.grad(out.sum(), operands)
+
+    query, key, value = (torch.randn(2, 6, *size, dtype=dtype, device=device) for size in ((9, 7), (5,), (5,)))
+    operands = [x.requires_grad_() for x in (query, key, value)]
+    with ak.use_backend(backend):
+        expected = attend(*operands)
+        with torch.autocast(device, dtype):
+            found = attend(*operands)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def scaled_step(block, maps, weights, device, dtype, scale):
     """Output, and gradients as an optimizer sees them: scaled, then unscaled."""
     block = copy.deepcopy(block)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.forward_ad import unpack_dual
 
+from ..autocast import no_autocast
 from ..backends import choose_backend, requested_backend
 from .flops import register_flops
 
@@ -61,6 +62,10 @@ def register(
     LIBRARY.define(schema, tags=_TAGS)
     operator = getattr(getattr(torch.ops, NAMESPACE), operator_name)
 
+    def uncast_reference(*arguments: Any) -> None:
+        with no_autocast(arguments[0].device.type):  # it says itself what it rounds
+            reference(*arguments)
+
     def run(*arguments: Any) -> Any:
         *operands, requested = arguments if takes_backend else (*arguments, requested_backend())
         first: torch.Tensor = operands[0]
@@ -72,7 +77,7 @@ def register(
         elif chosen == "native":
             fill = getattr(torch.ops.annnet_native, name)
         else:
-            fill = reference
+            fill = uncast_reference
         filled = outputs if isinstance(outputs, tuple) else () if outputs is None else (outputs,)
         fill(*operands, *(filled if written is None else (operands[written], *filled)))
         return outputs
