@@ -73,15 +73,20 @@ def normalization(norm: Any, y: Tensor, *, shift: Tensor | None = None, calls: i
         return by_running_statistics(norm, y)
     group = shared_by(norm)
     statistics = local_statistics(y)
-    if group is None and statistics.samples == 1:
-        raise ValueError(
-            f"expected more than one value per channel for batch statistics in training, got shape {tuple(y.shape)}"
-        )
+    refuse_one_value(y, group)
     if group is not None:
         moments = moments_of(statistics)
         dist.all_reduce(moments, group=group)
         statistics = statistics_of(moments, statistics.mean.dtype)
     return by_batch_statistics(norm, y, statistics, shift, calls, group)
+
+
+def refuse_one_value(y: Tensor, group: Any) -> None:
+    """One value has no variance. Where several processes share statistics, PyTorch leaves that to the caller."""
+    if y.shape[0] * y.shape[2] * y.shape[3] == 1 and (group is None or dist.get_world_size(group) == 1):
+        raise ValueError(
+            f"expected more than one value per channel for batch statistics in training, got shape {tuple(y.shape)}"
+        )
 
 
 def by_running_statistics(norm: Any, y: Tensor) -> Normalization:

@@ -257,22 +257,21 @@ class _RowSharded(Foldable):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        parts = self.parts()
-        maps, band = self._agree(parts, args, kwargs)
+        parts, maps, band = self._agree(args, kwargs)
         return sharded_forward(parts, maps[0], maps[-1], band, self._rows.group, self.recompute)
 
-    def _agree(self, parts: Parts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor, ...], Band]:
-        """The maps that the block is called with, and which rows of the low-level one these are.
+    def _agree(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Parts, tuple[Tensor, ...], Band]:
+        """The block's parts, the maps that it is called with, and which rows of the low-level one these are.
 
         Raises on every process if one of them cannot go on, or if they hold what does not fit together.
         """
-        error: TypeError | ValueError | None = None
         facts = dict.fromkeys(_FACTS, 0)
-        maps: tuple[Tensor, ...] = ()
+        error: Exception | None = None
         try:
+            parts = self.parts()
             maps = self._maps(parts, args, kwargs)
             facts = _facts(self, parts, maps)
-        except (TypeError, ValueError) as refusal:
+        except Exception as refusal:  # whatever it is: the others wait for this process
             error = refusal
         rows = self._rows
         found = rows.gather(list(facts.values()), next(self.parameters()).device)
@@ -280,12 +279,12 @@ class _RowSharded(Foldable):
             raise error
         held = {name: [process[i] for process in found] for i, name in enumerate(_FACTS)}
         if 0 in held["rows"]:
-            raise RuntimeError(f"rank {held['rows'].index(0)} of the group refused its maps; its own error says why")
+            raise RuntimeError(f"rank {held['rows'].index(0)} of the group cannot go on; its own error says why")
         for name, values in held.items():
             if name != "rows" and len(set(values)) > 1:
                 raise ValueError(f"{name}: expected the same on all processes of the group, got {values}")
         band = Band(sum(held["rows"][: rows.rank]), facts["rows"], sum(held["rows"]), *_pyramid(parts))
-        return maps, band
+        return parts, maps, band
 
     def _maps(self, parts: Parts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         own = getattr(type(self), "original", type(self).unsharded)

@@ -38,6 +38,7 @@ from .normalization import (
     channel_scale,
     local_statistics,
     moments_of,
+    refuse_one_value,
     shared_by,
     statistics_of,
     uses_batch_statistics,
@@ -125,9 +126,11 @@ def normalizations(readings: Sequence[Reading], group: Any) -> list[Normalizatio
     groups: list[Any] = []
     for norm, y, _, _ in readings:
         batch = uses_batch_statistics(norm)
-        local.append(local_statistics(y) if batch else None)
         own = shared_by(norm) if batch else None
         groups.append(own if own is not None or not batch or y.shape[0] == 0 else group)
+        if batch:
+            refuse_one_value(y, groups[-1])
+        local.append(local_statistics(y) if batch else None)
     with torch.no_grad():
         moments = [torch.empty(0) if s is None else moments_of(s) for s in local]
         totals = add_up(moments, groups)

@@ -297,12 +297,13 @@ def wrong_calls(group):
         "mode": lambda: block.train(not odd)(*maps()),
         "dropout": lambda: call_with_dropout(block.train(), maps(), odd),
         "hook": lambda: call_with_hook(block.train(), maps(), odd),
+        "broken": lambda: call_without_value(block.train(), maps(), odd),
     }
     errors = {}
     for name, call in calls.items():
         try:
             call()
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             errors[name] = f"{type(error).__name__}: {error}"
     return errors, block.train()(*maps()).shape
 
@@ -330,6 +331,17 @@ def call_with_hook(block, maps, hooked):
             handle.remove()
 
 
+def call_without_value(block, maps, broken):
+    stage = block.stages[0]
+    value = stage.f_value
+    if broken:
+        del stage.f_value
+    try:
+        return block(*maps)
+    finally:
+        stage.f_value = value
+
+
 def test_maps_that_do_not_fit_raise_in_every_process(pool):
     (first, shape), (second, _) = pool.run(2, wrong_calls)
     assert shape == (2, 7, 3, 6)
@@ -347,13 +359,14 @@ def test_maps_that_do_not_fit_raise_in_every_process(pool):
         "count": "TypeError: missing a required argument: 'high'",
         "dtype": "TypeError: low: expected the dtype of the block's parameters",
         "hook": "ValueError: the block can no longer run on row shards, because of Conv2d carries forward hooks",
+        "broken": "AttributeError: ",
     }
     for name, message in everywhere.items():
         assert first[name].startswith(message), first[name]
         assert second[name].startswith(message), second[name]
     for name, message in own.items():
         assert second[name].startswith(message), second[name]
-        assert first[name] == "RuntimeError: rank 1 of the group refused its maps; its own error says why"
+        assert first[name] == "RuntimeError: rank 1 of the group cannot go on; its own error says why"
     assert first.keys() == second.keys() == everywhere.keys() | own.keys()
 
 
@@ -371,6 +384,16 @@ def test_a_batch_of_nothing_trains_as_published(pool):
     expected = out, dict(plain.named_buffers()), [p.grad for p in plain.parameters()]
     for found in pool.run(2, empty_batch):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_one_value_has_no_batch_statistics(kind, alone):
+    maps = [torch.randn(1, channels, 1, 1) for channels in CLASSES[kind][2][:-1]]
+    block = build(kind, fused=True)
+    for module in (block, ak.parallel.shard_rows(block)):
+        with pytest.raises(ValueError, match="expected more than one value per channel"):
+            module(*maps)
+    assert block.eval()(*maps).shape == (1, 7, 1, 1)
 
 
 def fully_sharded_step(group, maps, weights, rows):
