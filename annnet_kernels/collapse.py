@@ -24,7 +24,6 @@ from functools import partial, reduce
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -42,6 +41,7 @@ from .normalization import (
     pool_rectified,
     uses_batch_statistics,
 )
+from .ops import chain_product, matrix_product, pointwise_convolution
 
 
 class Projection(NamedTuple):
@@ -120,7 +120,7 @@ def _sum_of(product: Product, query: Tensor) -> Tensor:
     """X Wᵀ + c in the dtype of ``query``; c alone, (C, 1, 1), without a bottleneck."""
     x, weight, constant = (None if operand is None else operand.to(query.dtype) for operand in product)
     assert constant is not None
-    return constant[:, None, None] if x is None or weight is None else F.conv2d(x, weight, constant)
+    return constant[:, None, None] if x is None or weight is None else pointwise_convolution(x, weight, constant)
 
 
 @contextmanager
@@ -175,9 +175,9 @@ def _raw(projection: Projection, x: Tensor, calls: int) -> tuple[Tensor, Normali
     """The projection ahead of its batch norm, and what that norm does to it."""
     conv, norm = projection.conv, projection.norm
     if uses_batch_statistics(norm):  # they cancel the convolution's bias
-        y = F.conv2d(x, conv.weight)
+        y = pointwise_convolution(x, conv.weight, None)
         return y, normalization(norm, y, shift=conv.bias, calls=calls)
-    y = F.conv2d(x, conv.weight, conv.bias)
+    y = pointwise_convolution(x, conv.weight, conv.bias)
     return y, normalization(norm, y)
 
 
@@ -203,7 +203,7 @@ def weights_of(parts: Parts) -> Weights:
 def token_values(weights: Weights, pooled: Tensor) -> Tensor:
     """U, (B, C_out, T): pooled features (B, C_l, T) carried through every later projection, in float32 at least.
 
-    The rows are few (110 per image), so the products are small; ``multi_dot`` picks the cheapest order by counted
+    The rows are few (110 per image), so the products are small; they are made in the cheapest order by counted
     operations at the actual batch. Traced code multiplies the weights behind W_v first: comparing sizes would tie it to
     the batch that it was traced with.
     """
@@ -212,9 +212,9 @@ def token_values(weights: Weights, pooled: Tensor) -> Tensor:
         matrices = matrices_of(weights)
         rows = pooled.transpose(1, 2).flatten(0, 1).to(matrices[0].dtype)
         if torch.compiler.is_compiling() or onnx.tracing():
-            values = rows @ matrices[0] @ reduce(torch.matmul, matrices[1:])
+            values = matrix_product(matrix_product(rows, matrices[0]), reduce(matrix_product, matrices[1:]))
         else:
-            values = torch.linalg.multi_dot([rows, *matrices])
+            values = chain_product([rows, *matrices])
         return values.view(batch, tokens, values.shape[1]).transpose(1, 2)
 
 

@@ -37,6 +37,7 @@ from .normalization import (
     uses_batch_statistics,
 )
 from .onnx import tracing
+from .ops import chain_product, pointwise_convolution
 
 
 class FoldedBlock(NamedTuple):
@@ -254,7 +255,7 @@ def why_not_folded(parts: Parts) -> str | None:
 def fold_block(parts: Parts) -> FoldedBlock:
     """The weight products of a block in evaluation mode."""
     weights = weights_of(parts)
-    token_matrix = torch.linalg.multi_dot(matrices_of(weights))
+    token_matrix = chain_product(matrices_of(weights))
     constant = constant_of(parts, weights)
     if weights.high is None:
         return FoldedBlock(token_matrix, None, constant, relu=False)
@@ -310,9 +311,9 @@ def merged_forward(pair: FoldedPair, conv: nn.Conv2d, parts: Parts, low: Tensor,
 
 
 def _attend(parts: Parts, low: Tensor, high: Tensor, value: Tensor, product: Product) -> Tensor:
-    y = F.conv2d(high, parts.query.conv.weight, parts.query.conv.bias)
+    y = pointwise_convolution(high, parts.query.conv.weight, parts.query.conv.bias)
     key = None
     if not parts.is_shared():
-        raw = F.conv2d(low, parts.key.conv.weight, parts.key.conv.bias)
+        raw = pointwise_convolution(low, parts.key.conv.weight, parts.key.conv.bias)
         key = pool_rectified(raw, normalization(parts.key.norm, raw), parts.pool_sizes())
     return attend_rectified(y, normalization(parts.query.norm, y), key, value, product, parts.pool_sizes())

@@ -54,6 +54,11 @@ _cuda_targets: list[str] = []
 _load_failure = _load()
 
 
+def is_loaded() -> bool:
+    """Whether the extension is there and usable."""
+    return _load_failure is None
+
+
 def why_not(device_type: str, operator: str | None = None, capability: tuple[int, int] | None = None) -> str | None:
     """Why the extension cannot serve tensors on this type of device, or this operator on them; None if it can.
 

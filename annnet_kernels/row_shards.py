@@ -225,7 +225,7 @@ class RectifiedAttention(NormalizedAttention):
             grad, y, mean, invstd, weight, bias, key, value, logsumexp, ctx.scale, needs, ctx.constants[-1]
         )
         dz, dkey, dvalue = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-        of_product = product_backward(grad, x, x_weight, ctx.needs_input_grad[8:11])
+        of_product = product_backward(grad, x, x_weight, ctx.needs_input_grad[8:11], ctx.product_served)
         # mean, invstd, weight, bias, shift; samples, group, scale, heights, widths, backend
         return dz, *(None,) * 5, dkey, dvalue, *of_product, *(None,) * 6
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from attention_rule import assert_accurate, random_tokens
-from helpers import LAYOUTS, random_map
+from helpers import LAYOUTS, random_map, surrounded
 from torch import Tensor
 
 import annnet_kernels as ak
@@ -149,16 +149,6 @@ def test_batch_of_none() -> None:
     assert shapes == [(0, 35, 31, 37), (0, 31 * 37), (0, 21, 31, 37), (0, 21, 43), (0, 35, 43)]
 
 
-def surrounded(x: Tensor, filling: float) -> tuple[Tensor, Tensor]:
-    """A copy of x of the same strides in the middle of memory filled with `filling`, and that memory."""
-    margin = 4096
-    span = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
-    memory = torch.full((span + 2 * margin,), filling, dtype=x.dtype)
-    inside = memory.as_strided(x.shape, x.stride(), margin)
-    inside.copy_(x)
-    return inside, memory
-
-
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "transposed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_touches_nothing_beyond_its_tensors(dtype: torch.dtype, layout: str) -> None:
@@ -208,12 +198,12 @@ def native_levels() -> tuple[str, ...]:
 @pytest.mark.skipif(LEVEL is not None, reason="the run of one level starts no others")
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
 def test_lower_instruction_levels(level: str) -> None:
-    """Every shape, map layout and edge, of the prologue's file too, at each level below the highest."""
+    """Every shape, map layout and edge, of the prologue and the product too, at each level below the highest."""
     if level not in native_levels()[:-1]:
         pytest.skip(f"not below the highest level of this processor: {', '.join(native_levels())}")
-    prologue = str(Path(__file__).with_name("test_bn_relu_attention_native.py"))
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("bn_relu_attention_native", "products")]
     selection = "shapes or map_layouts or beyond or follows"
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", selection, __file__, prologue]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", selection, __file__, *files]
     environment = {**os.environ, "ANNNET_CPU_LEVEL": level, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr

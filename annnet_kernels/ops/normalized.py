@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .products import convolution_gradients, serves_convolution
+
 Gradients = tuple[Any, ...]
 
 
@@ -71,8 +73,8 @@ class NormalizedAttention(torch.autograd.Function):
     """softmax(scale · relu(z) Kᵀ) V + X W₂ᵀ + c: y (B, Ck, H, W), X (B, Ch, H, W) → (B, Cv, H, W).
 
     Keys are given, or, with ``key=None``, pooled from the same map, as in an APNB: then one raw map serves both and
-    its gradient is written once with both contributions. The product with the weight W₂ (Cv, Ch, 1, 1) is the
-    library's, and the attention adds to it in place; without X and W₂ there is no such term, nor c (Cv) where it is
+    its gradient is written once with both contributions. The product with the weight W₂ (Cv, Ch, 1, 1) is made
+    first, and the attention adds to it in place; without X and W₂ there is no such term, nor c (Cv) where it is
     None.
     """
 
@@ -102,7 +104,8 @@ class NormalizedAttention(torch.autograd.Function):
         if x is None or x_weight is None:
             addend = None if constant is None else constant[:, None, None].expand(y.shape[0], -1, *y.shape[2:])
         else:
-            addend = F.conv2d(x, x_weight, constant)
+            convolve = torch.ops.annnet.pointwise_convolution if serves_convolution(x, x_weight) else F.conv2d
+            addend = convolve(x, x_weight, constant)
             if not torch.compiler.is_exporting():  # what converts an exported program knows no writing in place
                 logsumexp = torch.ops.annnet.asymmetric_attention_bn_relu_(y, *vectors, tokens, value, addend, scale)
                 return addend, logsumexp, pooled
@@ -114,6 +117,7 @@ class NormalizedAttention(torch.autograd.Function):
         y, mean, invstd, weight, bias, ctx.shift, key, value, x, x_weight, _, *constants = inputs
         ctx.samples, ctx.group, ctx.scale, *ctx.constants = constants
         ctx.shared = key is None
+        ctx.product_served = x is not None and serves_convolution(x, x_weight)
         _, logsumexp, pooled = output
         ctx.mark_non_differentiable(*(logsumexp,) if pooled is None else (logsumexp, pooled))
         tokens = key if pooled is None else pooled
@@ -142,18 +146,18 @@ class NormalizedAttention(torch.autograd.Function):
             _zeros_like(ctx.shift),
             None if ctx.shared or not needs[1] else dkey,
             dvalue if needs[2] else None,
-            *product_backward(grad, x, x_weight, ctx.needs_input_grad[8:11]),
+            *product_backward(grad, x, x_weight, ctx.needs_input_grad[8:11], ctx.product_served),
             *(None,) * 6,  # samples, group, scale, heights, widths, backend
         )
 
 
-def product_backward(grad: Tensor, x: Tensor | None, weight: Tensor | None, needs: Sequence[bool]) -> Gradients:
+def product_backward(
+    grad: Tensor, x: Tensor | None, weight: Tensor | None, needs: Sequence[bool], served: bool
+) -> Gradients:
     """Gradients of x, weight and constant in x weightᵀ + constant."""
     if x is None or weight is None:
         return None, None, grad.sum((0, 2, 3)) if needs[2] else None
-    geometry = [1, 1], [0, 0], [1, 1], False, [0, 0], 1
-    gradients: Gradients = torch.ops.aten.convolution_backward(grad, x, weight, [len(weight)], *geometry, list(needs))
-    return gradients
+    return convolution_gradients(grad, x, weight, needs, served=served)
 
 
 def _rectified_backward(

@@ -4,6 +4,7 @@
 #include "asymmetric_attention.h"
 #include "batch_norm.h"
 #include "bn_relu_pool.h"
+#include "matrix_product.h"
 #include "pyramid_pool.h"
 
 namespace annnet {
@@ -12,6 +13,7 @@ struct Kernels {
   AsymmetricAttentionKernels asymmetric_attention;
   BatchNormKernels batch_norm;
   BnReluPoolKernels bn_relu_pool;
+  MatrixProductKernels matrix_product;
   PyramidPoolKernels pyramid_pool;
 };
 
