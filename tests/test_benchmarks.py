@@ -222,7 +222,7 @@ class TestPeersThatFail:
         def build(case):
             def tired(x):
                 calls.append(x)
-                return ak.pyramid_pool(x) if len(calls) < 9 else _raise(RuntimeError("tired"))
+                return ak.pyramid_pool(x) if len(calls) < 8 else _raise(RuntimeError("tired"))
 
             return providers._Function(tired)
 
