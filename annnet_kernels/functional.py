@@ -12,6 +12,7 @@ from . import checks, onnx, pyramid
 from .autocast import autocast_dtype, no_autocast
 from .backends import requested_backend
 from .ops import AsymmetricAttention, PyramidPool
+from .ops.functions import apply
 
 PoolSizes = Sequence[int | tuple[int, int]]
 
@@ -46,7 +47,7 @@ def pyramid_pool(x: Tensor, output_sizes: PoolSizes = pyramid.POOL_SIZES) -> Ten
     heights, widths = checks.output_sizes("output_sizes", output_sizes)
     if onnx.exporting():
         return onnx.pyramid_pool(x, heights, widths)
-    pooled: Tensor = PyramidPool.apply(x, list(heights), list(widths), requested_backend())
+    pooled: Tensor = apply(PyramidPool, x, list(heights), list(widths), requested_backend())
     return pooled
 
 
@@ -128,7 +129,7 @@ def asymmetric_attention(
         return (out, attention.transpose(1, 2)) if return_attention else out
     if value is key:  # torch.compile traces no Function that gets one tensor twice
         value = value.view_as(value)
-    out, logsumexp = AsymmetricAttention.apply(query, key, value, factor, requested_backend())
+    out, logsumexp = apply(AsymmetricAttention, query, key, value, factor, requested_backend())
     return (out, _attention(query, key, factor, logsumexp)) if return_attention else out
 
 

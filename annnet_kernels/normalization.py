@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .backends import requested_backend
 from .ops import NormalizedAttention, NormalizedPool, NormalizedTail
+from .ops.functions import apply
 
 FUSABLE_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -167,8 +168,8 @@ def statistics_of(moments: Tensor, dtype: torch.dtype) -> Statistics:
 def pool_rectified(y: Tensor, norm: Normalization, pool_sizes: Sequence[tuple[int, int]]) -> Tensor:
     """pyramid_pool(relu(z)), (B, C, H, W) → (B, C, T)."""
     heights, widths = zip(*pool_sizes, strict=True)
-    tokens: Tensor = NormalizedPool.apply(
-        y, *norm.vectors(), norm.samples, norm.group, list(heights), list(widths), requested_backend()
+    tokens: Tensor = apply(
+        NormalizedPool, y, *norm.vectors(), norm.samples, norm.group, list(heights), list(widths), requested_backend()
     )
     return tokens
 
@@ -192,7 +193,8 @@ def attend_rectified(
     """
     heights, widths = zip(*pool_sizes, strict=True)
     out: Tensor
-    out, _, _ = NormalizedAttention.apply(
+    out, _, _ = apply(
+        NormalizedAttention,
         y,
         *norm.vectors(),
         key,
@@ -230,5 +232,5 @@ def apply_scaled_tail(y: Tensor, norm: Normalization, relu: bool, scale: Tensor 
     if not (torch.is_grad_enabled() or torch.compiler.is_exporting()):  # an exported program writes nothing in place
         torch.ops.annnet.batch_norm_apply_(y, norm.mean, norm.invstd, norm.weight, norm.bias, scale, relu)
         return y
-    out: Tensor = NormalizedTail.apply(y, *norm.vectors(), scale, relu, norm.samples, norm.group, requested_backend())
+    out: Tensor = apply(NormalizedTail, y, *norm.vectors(), scale, relu, norm.samples, norm.group, requested_backend())
     return out

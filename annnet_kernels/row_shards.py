@@ -43,6 +43,7 @@ from .normalization import (
     statistics_of,
     uses_batch_statistics,
 )
+from .ops.functions import apply
 from .ops.normalized import Gradients, NormalizedAttention, product_backward
 from .pyramid import bin_edges, num_tokens
 
@@ -275,7 +276,8 @@ def _read(projection: Projection, x: Tensor, calls: int) -> Reading:
 def _attend(query: Tensor, norm: Normalization, keys: Tensor, value: Tensor, product: Product) -> Tensor:
     """A U + product for queries relu(z), all in the dtype of ``query``, the raw map."""
     out: Tensor
-    out, _, _ = RectifiedAttention.apply(
+    out, _, _ = apply(
+        RectifiedAttention,
         query,
         *norm.vectors(),
         keys,

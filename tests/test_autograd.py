@@ -196,3 +196,16 @@ def test_an_output_may_be_changed_in_place(kind):
     expected = step(block, maps, 2 * weights)
     del changed["out"], expected["out"]
     assert_same(changed, expected)
+
+
+def test_evaluation_inspects_no_signature(kind, monkeypatch):
+    """PyTorch's own ``Function.apply`` does, for tens of microseconds each time."""
+    fused, _ = build(kind)
+    fused.eval()
+
+    def inspected(*_, **__):
+        raise AssertionError("a signature")
+
+    monkeypatch.setattr("inspect.signature", inspected)
+    with torch.no_grad():
+        fused(*draw_maps(kind))

@@ -23,6 +23,7 @@ from .. import native
 from ..autocast import autocast_dtype
 from ..backends import requested_backend
 from ..layouts import is_channels_last
+from .functions import apply
 from .registration import register
 
 
@@ -185,7 +186,7 @@ def convolution_gradients(
 
 def matrix_product(a: Tensor, b: Tensor) -> Tensor:
     """(M, K) (K, N) → (M, N), with gradients."""
-    product: Tensor = MatrixProduct.apply(a, b) if _is_served(a, b) else torch.mm(a, b)
+    product: Tensor = apply(MatrixProduct, a, b) if _is_served(a, b) else torch.mm(a, b)
     return product
 
 
@@ -214,5 +215,5 @@ def pointwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     """The convolution of x (B, C, H, W) with a weight (C_out, C, 1, 1), with gradients, in the layout of x."""
     if not serves_convolution(x, weight):
         return F.conv2d(x, weight, bias)
-    out: Tensor = PointwiseConvolution.apply(x, weight, bias)
+    out: Tensor = apply(PointwiseConvolution, x, weight, bias)
     return out
