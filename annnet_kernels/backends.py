@@ -137,7 +137,8 @@ def why_not(
     if backend == "reference":
         return None
     if backend == "native":
-        return native.why_not(device.type, operator, _capability_of(device) if device.type == "cuda" else None)
+        capability = _capability_of(device) if device.type == "cuda" else None
+        return native.why_not(device.type, operator, capability, dtype)
     if not has_triton:
         return f"there are no Triton kernels for {operator} yet"
     if not _has_triton():

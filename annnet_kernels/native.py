@@ -59,11 +59,21 @@ def is_loaded() -> bool:
     return _load_failure is None
 
 
-def why_not(device_type: str, operator: str | None = None, capability: tuple[int, int] | None = None) -> str | None:
+ONLY_DTYPE: dict[str, torch.dtype] = {}
+"""The one dtype of an operator whose kernels are for that alone."""
+
+
+def why_not(
+    device_type: str,
+    operator: str | None = None,
+    capability: tuple[int, int] | None = None,
+    dtype: torch.dtype | None = None,
+) -> str | None:
     """Why the extension cannot serve tensors on this type of device, or this operator on them; None if it can.
 
     Args:
         capability: of the CUDA device.
+        dtype: of the tensors.
     """
     if _load_failure is not None:
         return _load_failure
@@ -71,6 +81,9 @@ def why_not(device_type: str, operator: str | None = None, capability: tuple[int
         return f"the extension was built without kernels for {device_type} tensors"
     if operator is not None and not _has_kernel(operator, device_type.upper()):
         return f"the extension has no {operator} for {device_type} tensors"
+    only = None if operator is None else ONLY_DTYPE.get(operator)
+    if dtype is not None and only not in (None, dtype):
+        return f"there are kernels for {str(only).removeprefix('torch.')} alone"
     if capability is not None and not any(_serves(target, capability) for target in _cuda_targets):
         return (
             f"the extension was built for {', '.join(_cuda_targets)}, this GPU has compute capability "

@@ -184,10 +184,10 @@ def attend_rectified(
 ) -> Tensor:
     """Attention of queries relu(z) over tokens, plus ``product``; ``key=None`` pools the keys from the same map.
 
-    The product is made first, and the attention adds to it in place. With the library's product, on a CPU (two threads, float32, forward and
-    training step of 512 channels at 97 × 97 and 2048 at 49 × 49) that took the same time, within 5 %, as writing the
-    attention as a map of T channels and one product with it and X joined, or two products and a sum; but it makes no
-    map beside the output. Not yet measured on a GPU.
+    The product is made first, and the attention adds to it in place. With the library's product (CPU, two threads,
+    float32, forward and training step of 512 channels at 97 × 97 and 2048 at 49 × 49) that took the same time, within
+    5 %, as writing the attention as a map of T channels and one product with it and X joined, or two products and a
+    sum; but it makes no map beside the output. Not yet measured on a GPU.
 
     All operands are brought to the dtype of ``y``, as the convolution that made it brought its own.
     """

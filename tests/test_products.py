@@ -113,13 +113,34 @@ def test_direct_calls_are_checked() -> None:
     with pytest.raises(ValueError, match="b: expected shape"):
         _product(a, b[:, :3])
     with pytest.raises(TypeError, match="a: expected dtype"):
-        _product(a.double(), b.double())
+        torch.ops.annnet_native.matrix_product(a.double(), b.double(), None, False, torch.empty(2, 3, 5).double())
     with pytest.raises(TypeError, match="b: expected the dtype of a"):
         _product(a, b.double())
     with pytest.raises(ValueError, match="bias: expected shape"):
         _product(a, b, torch.randn(4))
     with pytest.raises(ValueError, match="out: expected contiguous"):
         torch.ops.annnet_native.matrix_product(a, b, None, False, torch.empty(2, 5, 3).transpose(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_dtypes_are_pytorch_s(dtype: torch.dtype) -> None:
+    """The operators take them too; asked for the kernels, they say why not."""
+    x, weight, bias = torch.randn(2, 4, 3, 5).to(dtype), torch.randn(6, 4, 1, 1).to(dtype), torch.randn(6).to(dtype)
+    out = torch.ops.annnet.pointwise_convolution(x, weight, bias)
+    assert ak.last_backend("pointwise_convolution") == "reference"
+    torch.testing.assert_close(out, F.conv2d(x, weight, bias))
+    needs = [True, True, True]
+    gradients = torch.ops.annnet.pointwise_convolution_bwd(out, x, weight, needs, None)
+    geometry = [1, 1], [0, 0], [1, 1], False, [0, 0], 1
+    expected = torch.ops.aten.convolution_backward(out, x, weight, [6], *geometry, needs)
+    torch.testing.assert_close(gradients, expected)
+    a, b = x.flatten(2), x.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(torch.ops.annnet.matrix_product(a, b, None, False), torch.bmm(a, b))
+    torch.testing.assert_close(
+        torch.ops.annnet.matrix_product(a, b, bias[:4], True), torch.bmm(a, b).sum(0, keepdim=True) + bias[:4, None]
+    )
+    with ak.use_backend("native"), pytest.raises(RuntimeError, match="kernels for float32 alone"):
+        torch.ops.annnet.pointwise_convolution(x, weight, bias)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "slice", "transposed", "expanded"])

@@ -86,6 +86,7 @@ register(
     allocate=_allocate,
     reference=_reference,
     triton_module=None,
+    native_dtype=torch.float32,
     flops=_flops,
 )
 # x (B, C, H, W), weight (C_out, C, 1, 1), bias (C_out) → (B, C_out, H, W), in NCHW.
@@ -94,6 +95,7 @@ register(
     allocate=_allocate_convolution,
     reference=_reference_convolution,
     triton_module=None,
+    native_dtype=torch.float32,
     flops=_convolution_flops,
 )
 # needs: which of dx, dweight and dbias are wanted; the others come back empty.
@@ -103,6 +105,7 @@ register(
     allocate=_allocate_convolution_bwd,
     reference=_reference_convolution_bwd,
     triton_module=None,
+    native_dtype=torch.float32,
     flops=_convolution_bwd_flops,
 )
 
