@@ -127,6 +127,23 @@ def test_functional_transforms():
     torch.testing.assert_close(moved, torch.stack(tokens))
 
 
+def test_gradients_of_a_batch_of_upstreams():
+    """The forward saw no transform, the backward runs under one."""
+    x = random_map((2, 3, 9, 7), torch.float64).requires_grad_()
+    out = ak.pyramid_pool(x, SIZES)
+    upstreams = torch.randn(4, *out.shape, dtype=torch.float64)
+    (batched,) = torch.autograd.grad(out, x, upstreams, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(out, x, upstream, retain_graph=True)[0] for upstream in upstreams]
+    torch.testing.assert_close(batched, torch.stack(each))
+
+
+def test_a_gradient_is_recorded_only_where_one_is_asked_for():
+    x = random_map((1, 3, 9, 7), torch.float64).requires_grad_()
+    for create_graph in (False, True):
+        (dx,) = torch.autograd.grad(ak.pyramid_pool(x, SIZES).square().sum(), x, create_graph=create_graph)
+        assert dx.requires_grad == create_graph
+
+
 def test_forward_mode_is_refused():
     x = torch.randn(1, 2, 7, 5)
     with forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):

@@ -107,10 +107,15 @@ def test_any_shape_and_pyramid(
     assert relative_error(spread, _spread(grad.double(), x, heights, widths, "reference")) < ROUNDING[dtype]
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 1, 9000), (1, 2, 9000, 1), (1, 530, 9, 9), (1, 2, 70, 4100)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 3, 1, 9000), (1, 2, 9000, 1), (1, 530, 9, 9), (1, 17, 9, 4096), (1, 17, 9, 4127), (1, 2, 70, 4140)],
+    ids=str,
+)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_maps_longer_than_a_buffer(shape: tuple[int, int, int, int], layout: str) -> None:
-    """Rows of more than 4096 columns, row segments of more than 32 rows, units of more than 512 channels."""
+    """Rows of more than 4128 columns and around 4096, up to where a buffer has room for a vector more; row segments of
+    more than 32 rows, units of more than 512 channels."""
     assert_pool_accurate(shape, torch.float32, "native", layout)
 
 
@@ -152,6 +157,22 @@ def test_memory_beyond_the_map_and_the_outputs(dtype: torch.dtype, channels_last
         for whole, inner in ((whole_out, out), (whole_dx, dx)):
             assert inner.isfinite().all()
             assert whole.isnan().sum() == whole.numel() - inner.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [7, 16, 33, 97])
+def test_memory_beyond_a_dense_gradient(dtype: torch.dtype, width: int) -> None:
+    """Rows that follow each other are written in aligned vectors, from wherever the map begins."""
+    sizes, shape = list(SIZES), (1, 3, 40, width)
+    grad = torch.randn(1, 3, 110).to(dtype)
+    expected = torch.empty(1, 3, 40, width + 1, dtype=dtype)[..., :width]  # is written row by row
+    torch.ops.annnet_native.pyramid_pool_bwd(grad, [40, width], sizes, sizes, False, expected)
+    for offset in range(1, 67, 5):
+        whole = torch.full([expected.numel() + 128], float("nan"), dtype=dtype)
+        dx = whole[offset : offset + expected.numel()].view(shape)
+        torch.ops.annnet_native.pyramid_pool_bwd(grad, [40, width], sizes, sizes, False, dx)
+        assert torch.equal(dx, expected)
+        assert whole.isnan().sum() == 128
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:4])

@@ -65,7 +65,7 @@ def register(
     if native_dtype is not None:
         ONLY_DTYPE[name] = native_dtype
     LIBRARY.define(schema, tags=_TAGS)
-    operator = getattr(getattr(torch.ops, NAMESPACE), operator_name)
+    operator = getattr(getattr(torch.ops, NAMESPACE), operator_name).default
 
     def uncast_reference(*arguments: Any) -> None:
         with no_autocast(arguments[0].device.type):  # it says itself what it rounds
@@ -80,7 +80,7 @@ def register(
         if chosen == "triton":
             fill = getattr(importlib.import_module(f"annnet_kernels.kernels.{TRITON_MODULES[name]}"), name)
         elif chosen == "native":
-            fill = getattr(torch.ops.annnet_native, name)
+            fill = getattr(torch.ops.annnet_native, name).default
         else:
             fill = uncast_reference
         filled = outputs if isinstance(outputs, tuple) else () if outputs is None else (outputs,)
@@ -92,7 +92,7 @@ def register(
     if vmap is not None:
         torch.library.register_vmap(f"{NAMESPACE}::{operator_name}", vmap, lib=LIBRARY)
     if flops is not None:
-        register_flops(operator, flops)
+        register_flops(operator.overloadpacket, flops)
     differentiable: Callable[..., Any] | None = None
 
     def autograd(*arguments: Any) -> Any:
