@@ -18,6 +18,10 @@ import torch
 _BUILD_COMMAND = "python setup.py build_ext --inplace, or pip install --no-build-isolation ."
 
 
+ONLY_DTYPE: dict[str, torch.dtype] = {}
+"""The one dtype of an operator whose kernels are for that alone."""
+
+
 def _library_path() -> Path:
     return Path(__file__).with_name("_C" + str(sysconfig.get_config_var("EXT_SUFFIX")))
 
@@ -52,15 +56,6 @@ def _load() -> str | None:
 
 _cuda_targets: list[str] = []
 _load_failure = _load()
-
-
-def is_loaded() -> bool:
-    """Whether the extension is there and usable."""
-    return _load_failure is None
-
-
-ONLY_DTYPE: dict[str, torch.dtype] = {}
-"""The one dtype of an operator whose kernels are for that alone."""
 
 
 def why_not(

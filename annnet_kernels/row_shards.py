@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -43,6 +42,7 @@ from .normalization import (
     statistics_of,
     uses_batch_statistics,
 )
+from .ops import pointwise_convolution
 from .ops.functions import apply
 from .ops.normalized import Gradients, NormalizedAttention, product_backward
 from .pyramid import bin_edges, num_tokens
@@ -269,8 +269,8 @@ def _read(projection: Projection, x: Tensor, calls: int) -> Reading:
     """The projection ahead of its batch norm; batch statistics cancel the convolution's bias."""
     conv, norm = projection.conv, projection.norm
     if uses_batch_statistics(norm):
-        return Reading(norm, F.conv2d(x, conv.weight), conv.bias, calls)
-    return Reading(norm, F.conv2d(x, conv.weight, conv.bias))
+        return Reading(norm, pointwise_convolution(x, conv.weight, None), conv.bias, calls)
+    return Reading(norm, pointwise_convolution(x, conv.weight, conv.bias))
 
 
 def _attend(query: Tensor, norm: Normalization, keys: Tensor, value: Tensor, product: Product) -> Tensor:

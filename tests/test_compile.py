@@ -105,7 +105,7 @@ def test_one_compilation_by_inductor_trains_every_size():
         maps = draw(size, dtype=torch.float32)
         with torch.compiler.set_stance("default" if index == 0 else "fail_on_recompile"):
             found = step(compiled, model, maps)
-        torch.testing.assert_close(found, step(twin, twin, maps), rtol=2e-3, atol=2e-4)
+        torch.testing.assert_close(found, step(twin, twin, maps), rtol=5e-3, atol=5e-3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

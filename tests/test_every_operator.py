@@ -49,7 +49,7 @@ def calls(layout, dtype=torch.float32):
         "asymmetric_attention_bn_relu": (*attend, value_map, 0.7),
         "asymmetric_attention_bn_relu_": (*attend, random_map((B, CV, H, W), dtype, dense(layout)), 0.7),
         "asymmetric_attention_bn_relu_bwd": (grad_map, *attend, logsumexp, 0.7, [True, True, False], None),
-        "matrix_product": (torch.randn(B, 3, CK), y.flatten(2).float(), torch.randn(3), False),
+        "matrix_product": (torch.randn(B, 3, CK), y.flatten(2).float(), torch.randn(3), False, None),
         "pointwise_convolution": (y.float(), weight, torch.randn(3)),
         "pointwise_convolution_bwd": (
             torch.randn(B, 3, H, W),

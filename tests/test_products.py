@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_as_accurate_as_plain, random_map, surrounded
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import annnet_kernels as ak
@@ -40,8 +41,14 @@ def _operands(shape: Sequence[int], transposed: str = "") -> tuple[Tensor, Tenso
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, summed: bool = False) -> Tensor:
-    product: Tensor = torch.ops.annnet.matrix_product(a, b, bias, summed)
+    product: Tensor = torch.ops.annnet.matrix_product(a, b, bias, summed, None)
     return product
+
+
+def test_images_share_a_matrix_that_is_expanded() -> None:
+    """As all share a weight: it is packed once."""
+    a, b = torch.randn(37, 19).t().expand(5, -1, -1), torch.randn(5, 37, 53)
+    torch.testing.assert_close(_product(a, b), torch.bmm(a, b), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("transposed", ["", "a", "b", "ab"])
@@ -82,10 +89,12 @@ def test_no_bit_depends_on_the_number_of_threads(shape: tuple[int, int, int, int
     a, b = _operands(shape)
     before = torch.get_num_threads()
     results = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        results += [_product(a, b), _product(a, b, summed=True)]
-    torch.set_num_threads(before)
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results += [_product(a, b), _product(a, b, summed=True)]
+    finally:
+        torch.set_num_threads(before)
     for result in results[2::2]:
         assert torch.equal(result, results[0])
     for result in results[3::2]:
@@ -118,6 +127,13 @@ def test_direct_calls_are_checked() -> None:
         _product(a, b.double())
     with pytest.raises(ValueError, match="bias: expected shape"):
         _product(a, b, torch.randn(4))
+    x, weight = torch.randn(2, 3, 5, 7), torch.randn(4, 3, 1, 1)
+    out = torch.zeros(2, 4, 7, 5).transpose(2, 3)
+    with pytest.raises(ValueError, match="out: expected dense NCHW"):
+        torch.ops.annnet_native.pointwise_convolution(x, weight, None, out)
+    dx, empty, needs = torch.zeros(2, 3, 7, 5).transpose(2, 3), torch.empty(0), [True, False, False]
+    with pytest.raises(ValueError, match="dx: expected dense NCHW"):
+        torch.ops.annnet_native.pointwise_convolution_bwd(out, x, weight, needs, dx, empty, empty)
     with pytest.raises(ValueError, match="out: expected contiguous"):
         torch.ops.annnet_native.matrix_product(a, b, None, False, torch.empty(2, 5, 3).transpose(1, 2))
 
@@ -135,9 +151,10 @@ def test_other_dtypes_are_pytorch_s(dtype: torch.dtype) -> None:
     expected = torch.ops.aten.convolution_backward(out, x, weight, [6], *geometry, needs)
     torch.testing.assert_close(gradients, expected)
     a, b = x.flatten(2), x.flatten(2).transpose(1, 2)
-    torch.testing.assert_close(torch.ops.annnet.matrix_product(a, b, None, False), torch.bmm(a, b))
+    torch.testing.assert_close(torch.ops.annnet.matrix_product(a, b, None, False, None), torch.bmm(a, b))
     torch.testing.assert_close(
-        torch.ops.annnet.matrix_product(a, b, bias[:4], True), torch.bmm(a, b).sum(0, keepdim=True) + bias[:4, None]
+        torch.ops.annnet.matrix_product(a, b, bias[:4], True, None),
+        torch.bmm(a, b).sum(0, keepdim=True) + bias[:4, None],
     )
     with ak.use_backend("native"), pytest.raises(RuntimeError, match="kernels for float32 alone"):
         torch.ops.annnet.pointwise_convolution(x, weight, bias)
@@ -156,23 +173,24 @@ def test_pointwise_convolution_is_as_accurate(layout: str, biased: bool) -> None
         return {"out": out, **{name: leaf.grad for name, leaf in zip(names, leaves, strict=False)}}
 
     def run(seed: int) -> tuple[dict[str, Tensor], ...]:
-        x = random_map((2, 40, 13, 17), torch.float32, layout)
-        weight, bias, grad = torch.randn(24, 45, 1, 1), torch.randn(24), random_map((2, 24, 13, 17), torch.float32)
+        x = random_map((2, 40, 23, 25), torch.float32, layout)
+        weight, bias, grad = torch.randn(24, 45, 1, 1), torch.randn(24), random_map((2, 24, 23, 25), torch.float32)
         tensors = x, weight, bias if biased else None, grad
         wide = tuple(None if t is None else t.double() for t in tensors)
-        ours = results(pointwise_convolution, *tensors)
+        with ak.use_backend("native"):
+            ours = results(pointwise_convolution, *tensors)
         assert ak.last_backend("pointwise_convolution") == ak.last_backend("pointwise_convolution_bwd") == "native"
         return ours, results(F.conv2d, *tensors), results(F.conv2d, *wide)
 
     assert_as_accurate_as_plain(run, torch.float32)
 
 
-@pytest.mark.parametrize("case", ["channels_last", "bfloat16", "float64", "reference", "autocast"])
+@pytest.mark.parametrize("case", ["channels_last", "bfloat16", "float64", "reference", "autocast", "small"])
 def test_what_the_library_does_better_or_alone_is_left_to_it(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype = getattr(torch, case) if case in ("bfloat16", "float64") else torch.float32
-    x = random_map((2, 8, 5, 7), dtype, "channels_last" if case == "channels_last" else "nchw").requires_grad_()
+    shape = (2, 8, 5, 7) if case == "small" else (2, 8, 23, 25)
+    x = random_map(shape, dtype, "channels_last" if case == "channels_last" else "nchw").requires_grad_()
     weight, bias = torch.randn(4, 8, 1, 1, dtype=dtype), torch.randn(4, dtype=dtype)
-
     monkeypatch.setattr("annnet_kernels.backends._last_used", {})
     with (
         torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"),
@@ -183,8 +201,37 @@ def test_what_the_library_does_better_or_alone_is_left_to_it(case: str, monkeypa
     assert out.stride() == expected.stride()
     out.sum().backward()
     assert ak.last_backend("pointwise_convolution") is None
-    pointwise_convolution(torch.randn(2, 8, 5, 7), torch.randn(4, 8, 1, 1), None)
+    with ak.use_backend("native"):
+        pointwise_convolution(torch.randn(2, 8, 23, 25), torch.randn(4, 8, 1, 1), None)
     assert ak.last_backend("pointwise_convolution") == "native"
+
+
+@pytest.mark.parametrize("requests", [("reference", None), (None, "reference"), ("native", "reference")], ids=str)
+def test_checkpointing_may_find_another_request(requests: tuple[str | None, str | None]) -> None:
+    """As what each pass keeps must agree, it does not depend on who makes the products."""
+    block = ak.AFNB(12, 16, 16, 8, 8)
+    torch.nn.init.normal_(block.stages[0].W.weight)
+    low, high = torch.randn(1, 12, 24, 25, requires_grad=True), torch.randn(1, 16, 24, 25, requires_grad=True)
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        block.zero_grad()
+        with ak.use_backend(requests[0]):
+            out = checkpoint(block, low, high, use_reentrant=False) if checkpointed else block(low, high)
+        with ak.use_backend(requests[1]):
+            out.backward(torch.linspace(-1, 1, out.numel()).view_as(out))
+        gradients.append([p.grad.clone() for p in block.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
+def test_backward_follows_its_forward() -> None:
+    a, b = torch.randn(7, 12, requires_grad=True), torch.randn(12, 5, requires_grad=True)
+    with ak.use_backend("native"):
+        product = matrix_product(a, b)
+    with ak.use_backend("triton"):
+        product.sum().backward()
+    assert ak.last_backend("matrix_product") == "native"
+    torch.testing.assert_close(a.grad, b.detach().sum(1).expand(7, 12))
 
 
 def test_matrix_product_gives_a_weight_its_own_layout() -> None:

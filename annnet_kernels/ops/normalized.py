@@ -104,7 +104,7 @@ class NormalizedAttention(torch.autograd.Function):
         if x is None or x_weight is None:
             addend = None if constant is None else constant[:, None, None].expand(y.shape[0], -1, *y.shape[2:])
         else:
-            convolve = torch.ops.annnet.pointwise_convolution if serves_convolution(x, x_weight) else F.conv2d
+            convolve = torch.ops.annnet.pointwise_convolution if serves_convolution(x, x_weight, constant) else F.conv2d
             addend = convolve(x, x_weight, constant)
             if not torch.compiler.is_exporting():  # what converts an exported program knows no writing in place
                 logsumexp = torch.ops.annnet.asymmetric_attention_bn_relu_(y, *vectors, tokens, value, addend, scale)
@@ -114,10 +114,10 @@ class NormalizedAttention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        y, mean, invstd, weight, bias, ctx.shift, key, value, x, x_weight, _, *constants = inputs
+        y, mean, invstd, weight, bias, ctx.shift, key, value, x, x_weight, constant, *constants = inputs
         ctx.samples, ctx.group, ctx.scale, *ctx.constants = constants
         ctx.shared = key is None
-        ctx.product_served = x is not None and serves_convolution(x, x_weight)
+        ctx.product_served = x is not None and serves_convolution(x, x_weight, constant)
         _, logsumexp, pooled = output
         ctx.mark_non_differentiable(*(logsumexp,) if pooled is None else (logsumexp, pooled))
         tokens = key if pooled is None else pooled

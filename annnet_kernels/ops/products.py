@@ -1,8 +1,9 @@
 """annnet::matrix_product, pointwise_convolution: products of weights with maps and each other, where C++ is faster.
 
 PyTorch's own products of float32 on a CPU leave much of it unused: on an AMD EPYC (Zen 5, two cores, 500 GFLOP/s)
-``torch.mm`` reaches 180, and the library's 1 × 1 convolution of a map in NCHW 290 to 410, in its weight gradient 290 to
-330. These operators reach 380 to 440 in all of them. In channels_last the library is the faster one.
+``torch.mm`` reaches 180, and the library's 1 × 1 convolution of an image of 49 × 49 or 97 × 97 pixels in NCHW 290 to
+410, in its weight gradient 290 to 330. These operators reach 350 to 440 in all of them. In channels_last, on small maps
+and without AVX2 the library is the faster one.
 
 They are steps of the Functions here and have no derivative of their own. What they do not serve goes to PyTorch.
 """
@@ -82,7 +83,7 @@ def _convolution_bwd_flops(grad: Any, x: Any, weight: Any, needs: Sequence[bool]
 
 # (B, M, K) (B, K, N) + bias (M) → (B, M, N), or, summed over B, (1, M, N). Any strides; a bias is not summed.
 register(
-    "matrix_product(Tensor a, Tensor b, Tensor? bias, bool summed) -> Tensor",
+    "matrix_product(Tensor a, Tensor b, Tensor? bias, bool summed, str? backend) -> Tensor",
     allocate=_allocate,
     reference=_reference,
     triton_module=None,
@@ -110,41 +111,62 @@ register(
 )
 
 
-def _is_served(a: Tensor, b: Tensor) -> bool:
-    """Whether the C++ product makes these, of float32 as they are; what is exported keeps standard operators."""
+_HAS_KERNELS = native.why_not("cpu", "pointwise_convolution_bwd") is None
+_IS_FASTER = _HAS_KERNELS and native.cpu_level() != "baseline"
+
+_LEAST_PIXELS = 512
+"""Of an image, for a convolution of ours: on smaller maps, in batches, the library's takes less time."""
+
+
+def _can_serve(*operands: Tensor | None) -> bool:
+    """Whether the kernels take these, as they are; what is exported keeps standard operators."""
     return (
-        a.device.type == "cpu"
-        and b.device.type == "cpu"
-        and a.dtype == b.dtype == torch.float32
-        and requested_backend() in (None, "native")
-        and native.is_loaded()
+        _HAS_KERNELS
+        and all(x is None or (x.device.type == "cpu" and x.dtype == torch.float32) for x in operands)
         and autocast_dtype("cpu") is None
         and not torch.compiler.is_exporting()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )
 
 
-def serves_convolution(x: Tensor, weight: Tensor) -> bool:
-    """Whether C++ makes the pointwise convolution of x with weight, rather than the library."""
-    return not is_channels_last(x) and _is_served(x, weight)
+def _is_wanted() -> bool:
+    """Whether the kernels are asked for, or nothing is and they are the faster ones."""
+    requested = requested_backend()
+    return requested == "native" or (requested is None and _IS_FASTER)
 
 
-def _multiply(a: Tensor, b: Tensor) -> Tensor:
-    product: Tensor = torch.ops.annnet.matrix_product(a[None], b[None], None, False)
+def serves_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether C++ makes this pointwise convolution, rather than the library.
+
+    In traced code the size of the map does not decide: the program would hold on one side of the limit only.
+    """
+    large = torch.compiler.is_compiling() or x.shape[2] * x.shape[3] >= _LEAST_PIXELS
+    return large and not is_channels_last(x) and _can_serve(x, weight, bias) and _is_wanted()
+
+
+def _multiply(a: Tensor, b: Tensor, served: bool) -> Tensor:
+    if not served:
+        return torch.mm(a, b)
+    product: Tensor = torch.ops.annnet.matrix_product(a[None], b[None], None, False, "native")
     return product.squeeze(0)
 
 
 class MatrixProduct(torch.autograd.Function):
-    """a (M, K), b (K, N) → a b. The gradient of a transposed operand is transposed, as a weight's own would be."""
+    """a (M, K), b (K, N) → a b. The gradient of a transposed operand is transposed, as a weight's own would be.
+
+    What is kept does not depend on ``served``, whether C++ makes the products: checkpointing, which makes the forward
+    again, may find another request then.
+    """
 
     @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
-        return _multiply(a, b)
+    def forward(a: Tensor, b: Tensor, served: bool) -> Tensor:
+        return _multiply(a, b, served)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.transposed = [operand.stride(0) == 1 for operand in inputs]
+        *operands, ctx.served = inputs
+        ctx.save_for_backward(*operands)
+        ctx.transposed = [operand.stride(0) == 1 for operand in operands]
 
     @staticmethod
     @once_differentiable
@@ -152,10 +174,12 @@ class MatrixProduct(torch.autograd.Function):
         a, b = ctx.saved_tensors
         da = db = None
         if ctx.needs_input_grad[0]:
-            da = _multiply(b, grad.t()).t() if ctx.transposed[0] else _multiply(grad, b.t())
+            transposed = ctx.transposed[0]
+            da = _multiply(b, grad.t(), ctx.served).t() if transposed else _multiply(grad, b.t(), ctx.served)
         if ctx.needs_input_grad[1]:
-            db = _multiply(grad.t(), a).t() if ctx.transposed[1] else _multiply(a.t(), grad)
-        return da, db
+            transposed = ctx.transposed[1]
+            db = _multiply(grad.t(), a, ctx.served).t() if transposed else _multiply(a.t(), grad, ctx.served)
+        return da, db, None
 
 
 class PointwiseConvolution(torch.autograd.Function):
@@ -189,7 +213,7 @@ def convolution_gradients(
 
 def matrix_product(a: Tensor, b: Tensor) -> Tensor:
     """(M, K) (K, N) → (M, N), with gradients."""
-    product: Tensor = apply(MatrixProduct, a, b) if _is_served(a, b) else torch.mm(a, b)
+    product: Tensor = apply(MatrixProduct, a, b, _is_wanted()) if _can_serve(a, b) else torch.mm(a, b)
     return product
 
 
@@ -216,7 +240,7 @@ def _cheapest_chain(sizes: tuple[int, ...]) -> tuple[int, int]:
 
 def pointwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution of x (B, C, H, W) with a weight (C_out, C, 1, 1), with gradients, in the layout of x."""
-    if not serves_convolution(x, weight):
+    if not serves_convolution(x, weight, bias):
         return F.conv2d(x, weight, bias)
     out: Tensor = apply(PointwiseConvolution, x, weight, bias)
     return out

@@ -25,9 +25,9 @@ at::Tensor floats(int64_t count) { return at::empty({count}, at::TensorOptions()
 void run(MatrixProduct args) {
   const MatrixProductKernels& kernel = kernels().matrix_product;
   args.plan = kernel.plan(args, at::get_num_threads());
-  const at::Tensor packed = floats(args.images * args.plan.packed_floats);
+  const at::Tensor packed = floats(args.plan.packed_floats);
   args.packed = packed.mutable_data_ptr<float>();
-  at::parallel_for(0, args.images * args.plan.packed_panels, kPackedPanels,
+  at::parallel_for(0, args.plan.packed_images * args.plan.packed_panels, kPackedPanels,
                    [&](int64_t begin, int64_t end) { kernel.pack(args, begin, end); });
   const at::Tensor scratch = floats(at::get_num_threads() * args.plan.scratch_floats);
   at::parallel_for(0, args.images * args.plan.row_pieces * args.plan.column_pieces, 1, [&](int64_t begin, int64_t end) {
@@ -103,11 +103,17 @@ void check_convolution(const at::Tensor& x, const at::Tensor& weight, const at::
   ANNNET_CHECK_SHAPE(out, x.size(0), weight.size(0), x.size(2), x.size(3));
 }
 
+// Its pixels are one dimension without a copy.
+void check_dense(const at::Tensor& x, const char* name) {
+  TORCH_CHECK_VALUE(x.is_contiguous(), name, ": expected dense NCHW, got strides ", x.strides());
+}
+
 at::Tensor matrices_of(const at::Tensor& weight, int64_t images) { return weight.flatten(1).expand({images, -1, -1}); }
 
 void pointwise_convolution(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                            const at::Tensor& out) {
   check_convolution(x, weight, out);
+  check_dense(out, "out");
   matrix_product(matrices_of(weight, x.size(0)), x.flatten(2), bias, false, out.flatten(2));
 }
 
@@ -117,11 +123,13 @@ void pointwise_convolution_bwd(const at::Tensor& grad, const at::Tensor& x, cons
   check_convolution(x, weight, grad);
   const at::Tensor pixels = grad.flatten(2);
   if (needs[0]) {
+    check_dense(dx, "dx");
     const at::Tensor transposed = matrices_of(weight, x.size(0)).transpose(1, 2);
     matrix_product(transposed, pixels, std::nullopt, false, dx.flatten(2));
   }
   if (needs[1])
-    matrix_product(pixels, x.flatten(2).transpose(1, 2), std::nullopt, true, dweight.view({1, weight.size(0), -1}));
+    matrix_product(pixels, x.flatten(2).transpose(1, 2), std::nullopt, true,
+                   dweight.view({1, weight.size(0), x.size(1)}));
   if (needs[2]) {
     at::Tensor sums = dbias;
     at::sum_out(sums, grad, {0, 2, 3});

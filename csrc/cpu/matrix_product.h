@@ -15,7 +15,8 @@ struct Matrix {
 struct MatrixProductPlan {
   int64_t row_pieces, column_pieces;  // of an image
   int64_t panels, packed_panels;      // rows in whole tiles, and how many of those are packed
-  int64_t packed_floats;              // of the packed panels
+  int64_t packed_images;              // one where all images share A
+  int64_t packed_floats;              // of the packed panels of all images
   int64_t scratch_floats;             // one thread's part of b, packed
 };
 
@@ -35,7 +36,7 @@ struct MatrixProduct {
 struct MatrixProductKernels {
   int64_t most_depth;  // of one call; a deeper product is several, of which the later ones add
   MatrixProductPlan (*plan)(const MatrixProduct&, int64_t threads);
-  // Packs the rows of A from panel `begin` to `end` of those of all images that are packed.
+  // Packs the rows of A from panel `begin` to `end` of those of all packed images that are packed.
   void (*pack)(const MatrixProduct&, int64_t begin, int64_t end);
   // The pieces from `begin` to `end` of all images'; `scratch` is this thread's.
   void (*multiply)(const MatrixProduct&, float* scratch, int64_t begin, int64_t end);

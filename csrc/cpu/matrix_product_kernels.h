@@ -26,7 +26,8 @@ inline MatrixProductPlan plan_product(const MatrixProduct& args, int64_t threads
   MatrixProductPlan plan = {};
   plan.panels = round_up(args.rows, kTileRows) / kTileRows;
   plan.packed_panels = args.a.column == 1 ? plan.panels - args.rows / kTileRows : plan.panels;
-  plan.packed_floats = plan.packed_panels * kTileRows * args.depth;
+  plan.packed_images = args.a.image == 0 ? 1 : args.images;
+  plan.packed_floats = plan.packed_images * plan.packed_panels * kTileRows * args.depth;
   plan.scratch_floats = args.depth * leading_dimension<float>(part_columns(args.depth));
   // Pieces of rows pack all of B each, pieces of columns read all of A.
   const int64_t pieces = args.images % threads == 0 ? 1 : threads;
@@ -39,7 +40,8 @@ inline MatrixProductPlan plan_product(const MatrixProduct& args, int64_t threads
 
 inline float* packed_panel(const MatrixProduct& args, int64_t image, int64_t panel) {
   const MatrixProductPlan& plan = args.plan;
-  const int64_t index = image * plan.packed_panels + panel - (plan.panels - plan.packed_panels);
+  const int64_t first = plan.packed_images > 1 ? image * plan.packed_panels : 0;
+  const int64_t index = first + panel - (plan.panels - plan.packed_panels);
   return args.packed + index * kTileRows * args.depth;
 }
 
