@@ -140,8 +140,9 @@ def serves_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
     In traced code the size of the map does not decide: the program would hold on one side of the limit only.
     """
-    large = torch.compiler.is_compiling() or x.shape[2] * x.shape[3] >= _LEAST_PIXELS
-    return large and not is_channels_last(x) and _can_serve(x, weight, bias) and _is_wanted()
+    if is_channels_last(x) or not _can_serve(x, weight, bias) or not _is_wanted():
+        return False
+    return torch.compiler.is_compiling() or x.shape[2] * x.shape[3] >= _LEAST_PIXELS
 
 
 def _multiply(a: Tensor, b: Tensor, served: bool) -> Tensor:
