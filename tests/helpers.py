@@ -107,7 +107,7 @@ def surrounded(x: Tensor, filling: float) -> tuple[Tensor, Tensor]:
     """A copy of x of the same strides in the middle of memory filled with `filling`, and that memory."""
     margin = 4096
     span = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
-    memory = torch.full((span + 2 * margin,), filling, dtype=x.dtype)
+    memory = torch.full((span + 2 * margin,), filling, dtype=x.dtype, device=x.device)
     inside = memory.as_strided(x.shape, x.stride(), margin)
     inside.copy_(x)
     return inside, memory

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from attention_rule import assert_accurate, plain_attention, random_tokens
-from helpers import LAYOUTS, Results, assert_as_accurate_as_plain, random_map
+from helpers import LAYOUTS, Results, assert_as_accurate_as_plain, random_map, surrounded
 from torch import Tensor
 
 import annnet_kernels as ak
@@ -164,16 +164,6 @@ def test_batch_of_none():
     query, key, value, grad = (x[:0] for x in odd_operands(torch.float32))
     shapes = [tuple(x.shape) for x in forward_and_backward(query, key, value, grad)]
     assert shapes == [(0, 18, 11, 13), (0, 11 * 13), (0, 13, 11, 13), (0, 13, 43), (0, 18, 43)]
-
-
-def surrounded(x: Tensor, filling: float) -> tuple[Tensor, Tensor]:
-    """A copy of x of the same strides in the middle of memory filled with ``filling``, and that memory."""
-    margin = 4096
-    span = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
-    memory = torch.full((span + 2 * margin,), filling, dtype=x.dtype, device=x.device)
-    inside = memory.as_strided(x.shape, x.stride(), margin)
-    inside.copy_(x)
-    return inside, memory
 
 
 @pytest.mark.parametrize(("layout", "tokens"), [("nchw", 43), ("channels_last", 150), ("transposed", 43)])
