@@ -152,10 +152,13 @@ def test_row_shards_train_as_the_unsplit_block(kind, size, case, pool):
     ],
 )
 def test_row_shards_are_as_accurate_as_the_unsplit_block(kind, dtype, autocast, alone):
-    """Of one process: rows are rounded and added up there too, and many draws take little time."""
+    """Of one process: rows are rounded and added up there too, and many draws take little time.
+
+    Of 117 pixels a few lie within rounding of a ReLU's zero or none does, and medians of such errors scatter by 2.
+    """
 
     def run(seed):
-        maps, weights = draw(kind, dtype, low=(12, 10))
+        maps, weights = draw(kind, dtype, low=(38, 20), high=(39, 27))
         ours = step(ak.parallel.shard_rows(build(kind, fused=True).to(dtype)), maps, weights, autocast)
         plain = step(build(kind, fused=False).to(dtype), maps, weights, autocast)
         exact = build(kind, fused=False).to(dtype).double()
