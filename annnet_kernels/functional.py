@@ -11,9 +11,8 @@ from torch import Tensor
 from . import checks, onnx, pyramid
 from .autocast import autocast_dtype, no_autocast
 from .backends import requested_backend
-from .ops import AsymmetricAttention
+from .ops import AsymmetricAttention, PyramidPool
 from .ops.functions import apply
-from .ops.pyramid_pool import pool
 
 PoolSizes = Sequence[int | tuple[int, int]]
 
@@ -51,7 +50,8 @@ def pyramid_pool(x: Tensor, output_sizes: PoolSizes = pyramid.POOL_SIZES) -> Ten
     heights, widths = _default_sizes if default else checks.output_sizes("output_sizes", output_sizes)
     if onnx.exporting():
         return onnx.pyramid_pool(x, heights, widths)
-    return pool(x, list(heights), list(widths))
+    tokens: Tensor = apply(PyramidPool, x, list(heights), list(widths), requested_backend())
+    return tokens
 
 
 def token_regions(output_sizes: PoolSizes, map_size: tuple[int, int]) -> list[pyramid.TokenRegion]:

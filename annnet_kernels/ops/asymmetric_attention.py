@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import requested_backend
 from ..layouts import empty_map, empty_tokens, is_channels_last
+from .functions import apply
 from .registration import register
 
 
@@ -139,7 +140,7 @@ class AsymmetricAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_logsumexp: Tensor) -> Any:
         needs = list(ctx.needs_input_grad[:3])
-        gradients = AsymmetricAttentionBackward.apply(grad_out, *ctx.saved_tensors, ctx.scale, needs, ctx.backend)
+        gradients = apply(AsymmetricAttentionBackward, grad_out, *ctx.saved_tensors, ctx.scale, needs, ctx.backend)
         dquery, dkey, dvalue = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
         return dquery, dkey, dvalue, None, None  # scale, backend
 

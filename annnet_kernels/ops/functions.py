@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
+from torch.autograd import Function, forward_ad
 
 
 def is_traced() -> bool:
@@ -12,12 +14,39 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """``function.apply(*arguments)`` for a Function with ``setup_context``; without gradients, its forward alone.
+def apply(function: type[Function], *arguments: Any) -> Any:
+    """``function.apply(*arguments)`` for a Function with ``setup_context``, by a shorter way where nothing traces.
 
-    PyTorch's own ``apply`` inspects the signature of ``forward`` at every call, to bind keywords and defaults: a small
-    block took 0.62 ms in evaluation on a CPU with it and takes 0.40 ms without.
+    Between two kernels nothing of the way from one to the other is in a cache. PyTorch's own ``apply`` inspects the
+    signature of ``forward`` at every call, to bind keywords and defaults: a small block took 0.62 ms in evaluation on a
+    CPU with it and takes 0.40 ms with the forward alone, which is enough where no gradient is wanted.
     """
-    if is_traced() or torch.is_grad_enabled():
+    if is_traced():
         return function.apply(*arguments)
-    return function.forward(*arguments)
+    if torch.is_grad_enabled():
+        return _eager(function).apply(*arguments)
+    return _forward(function, *arguments)
+
+
+def _forward(function: type[Function], *arguments: Any) -> Any:
+    """The forward alone, its operators called below autograd: there is nothing to record.
+
+    In forward mode they are called above it, where they refuse a tangent.
+    """
+    if forward_ad._current_level >= 0:
+        return function.forward(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return function.forward(*arguments)
+
+
+@cache
+def _eager(function: type[Function]) -> type[Function]:
+    """The Function with a ``forward`` that takes the context, whose arguments PyTorch hands over as they are."""
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = _forward(function, *arguments)
+        function.setup_context(ctx, arguments, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "setup_context": staticmethod(Function.setup_context)}
+    return type(function.__name__, (function,), members)

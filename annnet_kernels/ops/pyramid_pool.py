@@ -13,7 +13,7 @@ from .. import reference
 from ..backends import requested_backend
 from ..layouts import empty_map, empty_tokens, is_channels_last
 from ..pyramid import num_tokens
-from .functions import apply, is_traced
+from .functions import apply
 from .registration import register
 
 
@@ -72,10 +72,6 @@ _route_bwd = register(
 )
 
 
-_operator = torch.ops.annnet.pyramid_pool.default
-_operator_bwd = torch.ops.annnet.pyramid_pool_bwd.default
-
-
 class PyramidPool(torch.autograd.Function):
     """(B, C, H, W) → (B, C, T). Linear, so its second derivative is exact; forward mode is refused (no ``jvp``)."""
 
@@ -83,7 +79,7 @@ class PyramidPool(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, heights: list[int], widths: list[int], backend: str | None) -> Tensor:
-        pooled: Tensor = _operator(x, heights, widths)
+        pooled: Tensor = torch.ops.annnet.pyramid_pool(x, heights, widths)
         return pooled
 
     @staticmethod
@@ -94,9 +90,8 @@ class PyramidPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        dx = PyramidPoolBackward.apply(
-            grad, list(ctx.map_size), ctx.heights, ctx.widths, ctx.channels_last, ctx.backend
-        )
+        size = list(ctx.map_size)
+        dx = apply(PyramidPoolBackward, grad, size, ctx.heights, ctx.widths, ctx.channels_last, ctx.backend)
         return dx, None, None, None  # heights, widths, backend
 
 
@@ -114,7 +109,7 @@ class PyramidPoolBackward(torch.autograd.Function):
         channels_last: bool,
         backend: str | None,
     ) -> Tensor:
-        dx: Tensor = _operator_bwd(grad, map_size, heights, widths, channels_last, backend)
+        dx: Tensor = torch.ops.annnet.pyramid_pool_bwd(grad, map_size, heights, widths, channels_last, backend)
         return dx
 
     @staticmethod
@@ -123,44 +118,8 @@ class PyramidPoolBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_dx: Tensor) -> Any:
-        grad = PyramidPool.apply(grad_dx, ctx.heights, ctx.widths, ctx.backend)
+        grad = apply(PyramidPool, grad_dx, ctx.heights, ctx.widths, ctx.backend)
         return grad, None, None, None, None, None  # map_size, heights, widths, channels_last, backend
-
-
-class EagerPyramidPool(PyramidPool):
-    """:class:`PyramidPool` by a shorter way, for neither ``torch.compile`` nor ``torch.func``.
-
-    Between other work nothing of the way to a kernel is in a cache. A context set apart has PyTorch inspect the
-    signature of ``forward`` at every call, and operators called above autograd decide once more that there is nothing
-    to record: 0.2 ms of the 2 ms that 512 × 97 × 97 take on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, heights: list[int], widths: list[int], backend: str | None) -> Tensor:  # type: ignore[override]
-        PyramidPool.setup_context(ctx, (x, heights, widths, backend), x)
-        with torch._C._AutoDispatchBelowAutograd():
-            pooled: Tensor = _operator(x, heights, widths)
-        return pooled
-
-    setup_context = staticmethod(torch.autograd.Function.setup_context)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        if torch.is_grad_enabled() or is_traced():
-            return PyramidPool.backward(ctx, grad)
-        with torch._C._AutoDispatchBelowAutograd():
-            dx = _operator_bwd(grad, ctx.map_size, ctx.heights, ctx.widths, ctx.channels_last, ctx.backend)
-        return dx, None, None, None  # heights, widths, backend
-
-
-def pool(x: Tensor, heights: list[int], widths: list[int]) -> Tensor:
-    """The operator and its derivatives, whatever the mode."""
-    pooled: Tensor
-    if torch.is_grad_enabled() and not is_traced():
-        pooled = EagerPyramidPool.apply(x, heights, widths, requested_backend())
-    else:
-        pooled = apply(PyramidPool, x, heights, widths, requested_backend())
-    return pooled
 
 
 @_route
