@@ -1,0 +1,202 @@
+"""The benchmark's runs: what it calls wrong, and that it survives its peers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from benchmark_cases import AFNB, APNB, ATTENTION, CPU, OURS, PLAIN, POOL, named, run_case, spoilt
+from helpers import FACTOR, FLOOR
+from rich.console import Console
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+import annnet_kernels as ak
+from benchmarks import accuracy, providers, verify
+from benchmarks.runner import FAILED, NO_TIME, OK, OUT_OF_MEMORY, WRONG, Options, Pace
+
+pytestmark = pytest.mark.usefixtures("one_thread", "frozen_imports")
+
+
+class TestCorrectnessComesFirst:
+    @pytest.mark.parametrize("case", [APNB, AFNB, POOL, ATTENTION], ids=lambda case: case.subject)
+    @pytest.mark.parametrize("training", [False, True])
+    def test_every_eager_provider_passes(self, case, training):
+        case = replace(case, training=training)
+        chosen = [p for p in providers.providers(case, "full") if p.compile is None]
+        rows = run_case(case, chosen)
+        assert {row["status"] for row in rows.values()} == {OK}, {n: r.get("reason") for n, r in rows.items()}
+        assert all(len(row["times_s"]) >= 3 for row in rows.values())
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_sixteen_bits_run_under_autocast(self, dtype):
+        case = replace(APNB, dtype=dtype, layout="channels_last")
+        for _ in range(3):  # on a tiny map a few ReLU values that rounding switches can outweigh everything
+            rows = run_case(case, named(case, PLAIN, "SDPA on pooled keys", providers.NAIVE))
+            if {row["status"] for row in rows.values()} == {OK}:
+                break
+        assert {row["status"] for row in rows.values()} == {OK}, {n: r.get("reason") for n, r in rows.items()}
+        assert rows[PLAIN]["check"]["error"] > 1e-5
+
+    def test_dropout_that_draws_otherwise_is_matched(self):
+        """As compiled dropout may, from the same seed."""
+        (plain,) = named(APNB, PLAIN)
+
+        class DrawsLater(nn.Dropout2d):
+            def forward(self, x):
+                torch.rand(7)
+                return super().forward(x)
+
+        def build(case):
+            block = plain.build(case)
+            block.conv_bn_dropout[-1] = DrawsLater(1 - verify.KEEP)
+            return block
+
+        rows = run_case(APNB, [*named(APNB, OURS, PLAIN), replace(plain, name="other", build=build)])
+        assert rows["other"]["status"] == OK, rows["other"].get("reason")
+
+    def test_a_compiled_provider_passes(self, monkeypatch):
+        """By a backend that generates no code, which took 20 s."""
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+        rows = run_case(APNB, named(APNB, OURS, PLAIN, "plain compiled"))
+        assert rows["plain compiled"]["status"] == OK, rows["plain compiled"].get("reason")
+        assert rows["plain compiled"]["first_call_s"] > 3 * rows["plain compiled"]["quartiles_s"][2]
+
+    def test_a_wrong_output_is_wrong(self):
+        rows = run_case(APNB, [*named(APNB, OURS, PLAIN), spoilt(APNB, lambda out, module: out * 1.001)])
+        assert rows["spoilt"]["status"] == WRONG
+        assert rows["spoilt"]["check"]["error"] == pytest.approx(1e-3, rel=0.5)
+        assert "times_s" not in rows["spoilt"]
+        assert rows[OURS]["status"] == rows[PLAIN]["status"] == OK
+
+    def test_a_wrong_gradient_alone_is_wrong(self):
+        def lie(out, module):
+            weight = module.stages[0].f_value.weight
+            return (
+                out + 0 * weight.sum() if out.requires_grad is False else out + (weight - weight.detach()).sum() * 1e-2
+            )
+
+        rows = run_case(APNB, [*named(APNB, OURS, PLAIN), spoilt(APNB, lie)])
+        assert rows["spoilt"]["status"] == WRONG
+        assert rows["spoilt"]["check"]["tensor"].startswith("gradient")
+
+    def test_wrong_running_statistics_alone_are_wrong(self):
+        def drift(out, module):
+            module.stages[0].f_key[1][0].running_mean.mul_(1.01)
+            return out
+
+        rows = run_case(APNB, [*named(APNB, OURS, PLAIN), spoilt(APNB, drift)])
+        assert rows["spoilt"]["status"] == WRONG
+        assert rows["spoilt"]["check"]["tensor"].endswith("running_mean")
+
+    def test_the_rule_is_the_projects(self):
+        assert verify.FACTOR == FACTOR
+        assert {getattr(torch, name): floor for name, floor in verify.FLOOR.items()} == FLOOR
+
+    def test_ours_gets_no_more_room_than_the_rule(self):
+        case = replace(POOL, training=False)
+        baseline = {"output 0": 1e-6}
+        assert not verify._judge(verify.FACTOR, {"output 0": 1.7e-6}, baseline, case, 5).right
+        assert verify._judge(verify.FACTOR, {"output 0": 1.5e-6}, baseline, case, 5).right
+        assert verify._judge(verify.PEER_FACTOR, {"output 0": 1.7e-6}, baseline, case, 5).right
+
+    def test_truth_shrinks_until_it_fits(self, monkeypatch):
+        sizes = []
+
+        def out_of_memory_unless_small(contestants, problem, *rest):
+            sizes.append((problem.case.batch, problem.case.size))
+            if problem.case.batch > 1:
+                raise torch.OutOfMemoryError("no room")
+            return original(contestants, problem, *rest)
+
+        original = verify.check
+        monkeypatch.setattr("benchmarks.runner.check", out_of_memory_unless_small)
+        rows = run_case(APNB, named(APNB, OURS, PLAIN))
+        assert sizes == [(2, (9, 11)), (1, (9, 11))]
+        assert rows[OURS]["check"]["maps"] == "maps 1×9×11"
+
+
+class TestPeersThatFail:
+    def test_out_of_memory_does_not_stop_the_run(self):
+        def exhaust(case):
+            return providers._Function(lambda *maps: _raise(RuntimeError("[enforce fail] can't allocate memory: 1 TB")))
+
+        peer = providers.Provider("greedy", exhaust)
+        rows = run_case(POOL, [*named(POOL, OURS, PLAIN), peer])
+        assert rows["greedy"]["status"] == OUT_OF_MEMORY
+        assert rows[OURS]["status"] == OK
+        assert len(rows[OURS]["times_s"]) >= 3
+
+    def test_what_cannot_fit_is_never_started(self):
+        started = []
+
+        def build(case):
+            def enormous(x):
+                if not isinstance(x, FakeTensor):
+                    started.append(x)
+                return x.new_empty(2**45)
+
+            return providers._Function(enormous)
+
+        case = replace(POOL, training=False)
+        rows = run_case(case, [*named(case, OURS, PLAIN), providers.Provider("enormous", build)])
+        assert rows["enormous"]["status"] == OUT_OF_MEMORY
+        assert rows["enormous"]["counted_peak"] == 2**47
+        assert started == []
+
+    def test_an_error_is_recorded(self):
+        def build(case):
+            return providers._Function(lambda x: _raise(KeyError("no such thing")))
+
+        rows = run_case(POOL, [*named(POOL, OURS, PLAIN), providers.Provider("broken", build)])
+        assert rows["broken"]["status"] == FAILED
+        assert "no such thing" in rows["broken"]["reason"]
+        assert rows[OURS]["status"] == OK
+
+    def test_an_error_after_the_check_is_recorded(self):
+        calls = []
+
+        def build(case):
+            def tired(x):
+                calls.append(x)
+                return ak.pyramid_pool(x) if len(calls) < 8 else _raise(RuntimeError("tired"))
+
+            return providers._Function(tired)
+
+        rows = run_case(POOL, [*named(POOL, OURS, PLAIN), providers.Provider("tired", build)])
+        assert rows["tired"]["status"] == FAILED
+        assert rows[OURS]["status"] == OK
+
+    def test_no_compilation_without_time(self):
+        rows = run_case(POOL, named(POOL, OURS, PLAIN, "plain compiled"), until=time.monotonic() + 5)
+        assert rows["plain compiled"]["status"] == NO_TIME
+        assert rows[OURS]["status"] == OK
+
+    def test_a_slow_compilation_is_remembered(self):
+        options = Options(until=time.monotonic() + 100, pace=Pace(compilation=200.0))
+        assert replace(options, share=0.5).pace is options.pace
+        rows = run_case(POOL, named(POOL, OURS, PLAIN, "plain compiled"), until=options.until, pace=options.pace)
+        assert rows["plain compiled"]["status"] == NO_TIME
+
+
+def _raise(error):
+    raise error
+
+
+class TestAccuracy:
+    def test_a_wrong_operator_is_beyond_the_rule(self, monkeypatch, capsys):
+        right = accuracy.ROWS[-1]
+        biased = right._replace(ours=lambda x: right.ours(x) * 1.001)
+        for row, code in ((right, 0), (biased, 1)):
+            monkeypatch.setattr(accuracy, "ROWS", (row,))
+            assert accuracy.run(CPU, 5, Console()) == code
+            assert ("BEYOND" in capsys.readouterr().out) == bool(code)
+
+    def test_the_shapes_that_are_promised_are_there(self):
+        attention = [row.shapes for row in accuracy.ROWS if len(row.shapes) == 3]
+        channels = {shape[0][1] for shape in attention} | {shape[2][1] for shape in attention}
+        assert {19, 48, 80, 96, 256, 512, 2048} <= channels
+        assert {1, 110, 1024} <= {shape[1][2] for shape in attention}
