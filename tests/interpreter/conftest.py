@@ -6,6 +6,8 @@ The interpreter replaces the kernels when they are decorated, so ``TRITON_INTERP
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,3 +33,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(mark)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interpreter_without_waste() -> Iterator[None]:
+    """What Triton's interpreter (3.6 to 3.8) does again and again to no effect: more than half of its time.
+
+    It computes whether integers overflow and, unless it debugs, drops the answer; and it patches its language at every
+    call of a device function, though once per launch and namespace is enough.
+    """
+    if not interpreting():
+        yield
+        return
+    from triton.runtime import interpreter
+
+    launch, patch_language = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    patched: set[int] = set()
+
+    def launch_anew(executor, *args, **kwargs):
+        patched.clear()
+        return launch(executor, *args, **kwargs)
+
+    def patch_once(function):
+        namespace = id(function.__globals__)
+        if namespace in patched:
+            return None
+        patched.add(namespace)
+        return patch_language(function)
+
+    builder = interpreter.interpreter_builder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        patch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
+        yield

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from helpers import LAYOUTS, random_map
-from pool_rule import GRAD_LAYOUTS, assert_pool_accurate, assert_rectified_accurate, random_norm, random_token_gradient
+from pool_rule import (
+    GRAD_LAYOUTS,
+    assert_pool_accurate,
+    assert_rectified_accurate,
+    levels,
+    random_norm,
+    random_token_gradient,
+)
 from torch import Tensor
 
 import annnet_kernels as ak
@@ -17,11 +24,14 @@ from annnet_kernels.backends import interpreting
 from annnet_kernels.kernels import pyramid_pool as launches
 from annnet_kernels.kernels.launch import INTERPRETER
 from annnet_kernels.layouts import empty_tokens
+from annnet_kernels.pyramid import num_tokens
 
 DEVICE = "cpu" if interpreting() else "cuda"
 DTYPES = (torch.float32, torch.float16) if interpreting() else (torch.float32, torch.float16, torch.bfloat16)
 SIZES = [1, 3, 6, 8]
 SHORT = (1, (2, 3), 5)
+CUT = (33, 80)
+"""Rows and columns of a map that is cut in both: with few tokens, since each is a program that adds up parts."""
 SEEDS = 1 if interpreting() else 5
 """A call takes a second or more in the interpreter. A wrong kernel is wrong by more than one draw scatters."""
 
@@ -32,7 +42,7 @@ SHAPES = [
     (1, 3, 20, 1),
     (1, 9, 2, 70),  # walked from left to right
     (1, 2, 1, 1),
-    (1, 64, 33, 40),  # columns in several tiles, and a multiple of a vector
+    (1, 68, 9, 40),  # several blocks of channels and tiles of columns; multiples of a vector
 ]
 if not interpreting():
     SHAPES += [(2, 512, 97, 97), (4, 256, 128, 256), (3, 80, 65, 129)]
@@ -64,24 +74,27 @@ def test_accuracy_of_gradient_layouts(grad_layout, layout):
 
 
 @pytest.mark.parametrize("height", [17, 2])
-@pytest.mark.parametrize("sizes", [(1,), (11,), ((2, 5), 3), (1, 2, 3, 6), (40, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(1,), (11,), ((2, 5), 3), (1, 2, 3, 6), ((40, 3), (2, 40))], ids=str)
 def test_accuracy_of_pyramids(sizes, height):
     assert_pool_accurate(
         (1, 8, height, 41), torch.float32, "triton", "channels_last", sizes=sizes, device=DEVICE, seeds=SEEDS
     )
 
 
-def forward_plan(x: Tensor, sizes: list[int] = SIZES):
-    tokens = empty_tokens(x, x.shape[0], x.shape[1], sum(s * s for s in sizes))
-    return launches.plan_forward(x, None, sizes, sizes, tokens, INTERPRETER)
+def forward_plan(x: Tensor, sizes: Sequence[int | tuple[int, int]] = SIZES):
+    heights, widths = levels(sizes)
+    tokens = empty_tokens(x, x.shape[0], x.shape[1], num_tokens(heights, widths))
+    return launches.plan_forward(x, None, heights, widths, tokens, INTERPRETER)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-def test_maps_are_cut(layout):
+@pytest.mark.parametrize("images", [(1, 4), (2, 5)], ids=str)
+def test_maps_are_cut(images, layout, dtype):
     """Or the tests of this file would not see the sum of parts."""
-    main, combine = forward_plan(random_map((1, 16, 97, 80), torch.float32, layout, DEVICE))
-    assert main.arguments["split_rows"] < 97
-    assert main.arguments["tile_columns"] < 80
+    main, combine = forward_plan(random_map((*images, *CUT), dtype, layout, DEVICE), SHORT)
+    assert main.arguments["split_rows"] <= 33 // 3
+    assert main.arguments["tile_columns"] <= 80 // 2
     assert combine.kernel.__name__ == "pyramid_pool_combine_kernel"
 
 
@@ -95,13 +108,14 @@ def test_low_maps_are_walked_from_left_to_right():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_accuracy_of_cut_maps(layout, dtype):
-    assert_pool_accurate((1, 4, 97, 80), dtype, "triton", layout, device=DEVICE, seeds=SEEDS)
+    assert_pool_accurate((1, 4, *CUT), dtype, "triton", layout, sizes=SHORT, device=DEVICE, seeds=SEEDS)
 
 
 def forward_and_backward(x: Tensor, grad: Tensor, channels_last: bool = False) -> tuple[Tensor, Tensor]:
-    tokens = torch.ops.annnet.pyramid_pool(x, SIZES, SIZES)
+    heights, widths = levels(SHORT)
+    tokens = torch.ops.annnet.pyramid_pool(x, heights, widths)
     size = list(x.shape[2:])
-    return tokens, torch.ops.annnet.pyramid_pool_bwd(grad, size, SIZES, SIZES, channels_last, "triton")
+    return tokens, torch.ops.annnet.pyramid_pool_bwd(grad, size, heights, widths, channels_last, "triton")
 
 
 # Bytes
@@ -131,11 +145,11 @@ def counted_bytes() -> Iterator[dict[str, int]]:
 
 counted = pytest.mark.skipif(not interpreting(), reason="bytes are counted in Triton's interpreter")
 COUNTED = [
-    *(((1, 64, 97, 97), torch.float16, layout) for layout in ("nchw", "channels_last")),
-    *(((1, 64, 33, 40), torch.float32, layout) for layout in ("nchw", "channels_last")),
-    *(((1, 64, 1, 97), torch.float32, layout) for layout in ("nchw", "channels_last")),  # fewer pixels than tokens
-    ((1, 64, 1, 97), torch.float16, "channels_last"),
-    ((1, 64, 200, 3), torch.float16, "channels_last"),
+    *(((1, 16, 97, 97), torch.float16, layout) for layout in ("nchw", "channels_last")),
+    *(((1, 16, 33, 40), torch.float32, layout) for layout in ("nchw", "channels_last")),
+    *(((1, 16, 1, 97), torch.float32, layout) for layout in ("nchw", "channels_last")),  # fewer pixels than tokens
+    ((1, 16, 1, 97), torch.float16, "channels_last"),
+    ((1, 16, 200, 3), torch.float16, "channels_last"),
 ]
 
 
@@ -144,7 +158,7 @@ COUNTED = [
 def test_bytes(shape, dtype, layout):
     """The forward loads the map once, the backward writes its gradient once and reads no map; parts included."""
     x = random_map(shape, dtype, layout)
-    grad = random_token_gradient(1, 64, 110, dtype)
+    grad = random_token_gradient(1, 16, 110, dtype)
     size = x.numel() * x.element_size()
     with counted_bytes() as forward:
         tokens = torch.ops.annnet.pyramid_pool(x, SIZES, SIZES)
@@ -167,9 +181,9 @@ def test_bytes(shape, dtype, layout):
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_bytes_of_rectified(layout, with_map):
     """Each pass reads y and the other gradient of z, if there is one, once; only the last writes a map, once."""
-    y = random_map((1, 64, 65, 70), torch.float16, layout)
-    norm, means = random_norm(64), torch.randn(2, 64)
-    gradients = random_token_gradient(1, 64, 110, torch.float16), random_map(y.shape, y.dtype, layout)
+    y = random_map((1, 16, 65, 70), torch.float16, layout)
+    norm, means = random_norm(16), torch.randn(2, 16)
+    gradients = random_token_gradient(1, 16, 110, torch.float16), random_map(y.shape, y.dtype, layout)
     gradients = gradients if with_map else (gradients[0], None)
     operators, size = torch.ops.annnet, y.numel() * y.element_size()
     with counted_bytes() as forward:
@@ -217,16 +231,16 @@ def test_non_finite_token_gradient_reaches_only_its_pixels(layout):
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_bitwise_deterministic(layout):
-    x = random_map((2, 5, 65, 70), torch.float16, layout, DEVICE)
-    grad = random_token_gradient(2, 5, 110, torch.float16, device=DEVICE)
+    x = random_map((2, 5, *CUT), torch.float16, layout, DEVICE)
+    grad = random_token_gradient(2, 5, 32, torch.float16, device=DEVICE)
     for first, second in zip(forward_and_backward(x, grad), forward_and_backward(x, grad), strict=True):
         assert torch.equal(first, second)
 
 
 def test_batch_of_none():
-    x, grad = torch.empty(0, 4, 9, 9, device=DEVICE), torch.empty(0, 4, 110, device=DEVICE)
+    x, grad = torch.empty(0, 4, 9, 9, device=DEVICE), torch.empty(0, 4, 32, device=DEVICE)
     tokens, dx = forward_and_backward(x, grad)
-    assert tokens.shape == (0, 4, 110)
+    assert tokens.shape == (0, 4, 32)
     assert dx.shape == (0, 4, 9, 9)
 
 
@@ -244,11 +258,12 @@ def surrounded(x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("shape", [(1, 19, 13, 35), (1, 16, 13, 40)], ids=str)
 def test_touches_nothing_beyond_its_tensors(shape, channels_last):
     x = random_map(shape, torch.float16, "channels_last" if channels_last else "nchw", DEVICE)
-    grad = random_token_gradient(1, shape[1], 110, torch.float16, device=DEVICE)
+    grad = random_token_gradient(1, shape[1], 32, torch.float16, device=DEVICE)
+    heights, widths = levels(SHORT)
     expected = forward_and_backward(x, grad, channels_last)
     outputs = [surrounded(torch.zeros_like(t)) for t in expected]
-    launches.pyramid_pool(surrounded(x)[0], SIZES, SIZES, outputs[0][0])
-    launches.pyramid_pool_bwd(surrounded(grad)[0], shape[2:], SIZES, SIZES, channels_last, outputs[1][0])
+    launches.pyramid_pool(surrounded(x)[0], heights, widths, outputs[0][0])
+    launches.pyramid_pool_bwd(surrounded(grad)[0], shape[2:], heights, widths, channels_last, outputs[1][0])
     for (ours, memory), reference in zip(outputs, expected, strict=True):
         assert torch.equal(ours, reference)
         assert memory.isnan().sum() == memory.numel() - math.prod(ours.shape)
@@ -261,7 +276,7 @@ def test_offsets_beyond_32_bits():
     for strides in ((0, stride, 4, 1), (0, 4, stride, 1), (0, 12, 4, stride), (0, 1, stride, 3)):
         x = memory.as_strided((1, 3, 3, 3), strides)
         x.copy_(torch.randn(1, 3, 3, 3))
-        far, near = (torch.ops.annnet.pyramid_pool(m, SIZES, SIZES) for m in (x, x.contiguous()))
+        far, near = (torch.ops.annnet.pyramid_pool(m, [1, 2], [1, 2]) for m in (x, x.contiguous()))
         assert torch.equal(far, near)
 
 
@@ -285,7 +300,8 @@ def test_accuracy_of_what_may_be_absent(absent, layout):
 
 
 def test_accuracy_of_cut_rectified_maps():
-    assert_rectified_accurate((2, 8, 50, 40), torch.float32, "triton", "channels_last", device=DEVICE, seeds=SEEDS)
+    shape = (2, 8, 33, 40)
+    assert_rectified_accurate(shape, torch.float32, "triton", "channels_last", sizes=SHORT, device=DEVICE, seeds=SEEDS)
 
 
 @pytest.mark.parametrize(("layout", "map_layout"), [("nchw", "channels_last"), ("channels_last", "expanded")])
