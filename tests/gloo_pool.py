@@ -1,4 +1,4 @@
-"""Four gloo processes that start once and then run functions of the test modules, since starting them is what costs."""
+"""Gloo processes that start once and then run functions of the test modules, since starting them is what costs."""
 
 import importlib
 import io
@@ -9,36 +9,40 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-SIZE = 4
-RANKS = {2: [2, 3], 3: [0, 1, 2], 4: [0, 1, 2, 3]}
-"""The processes of the group of each size: not always those whose ranks in the group are their own."""
 ANSWER_SECONDS = 60
 
 groups = {}
 """In a process of the pool: the groups by size."""
 
 
+def ranks_of(size, count):
+    """The processes, of ``count``, in the group of this size: not always those whose ranks in it are their own."""
+    first = count - 2 if size == 2 else 0
+    return list(range(first, first + size))
+
+
 class Pool:
     """Send a function to the processes of a group and collect what it returns."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, count=4):
         context = multiprocessing.get_context("spawn")
-        pipes = [context.Pipe() for _ in range(SIZE)]
+        pipes = [context.Pipe() for _ in range(count)]
         self.pipes = [mine for mine, _ in pipes]
-        arguments = [(rank, f"{folder}/store", theirs) for rank, (_, theirs) in enumerate(pipes)]
+        arguments = [(rank, count, f"{folder}/store", theirs) for rank, (_, theirs) in enumerate(pipes)]
         self.processes = [context.Process(target=_serve, args=given, daemon=True) for given in arguments]
         for process in self.processes:
             process.start()
 
     def run(self, size, function, *arguments):
         """What ``function(group, *arguments)`` returns in each process of the group of this size."""
-        for rank in RANKS[size]:
+        ranks = ranks_of(size, len(self.pipes))
+        for rank in ranks:
             self.pipes[rank].send_bytes(_packed((function.__module__, function.__name__, size, arguments)))
         answers = []
-        for rank in RANKS[size]:
+        for rank in ranks:
             assert self.pipes[rank].poll(ANSWER_SECONDS), f"process {rank} does not answer"
             answers.append(_unpacked(self.pipes[rank].recv_bytes()))
-        for rank, (error, _) in zip(RANKS[size], answers, strict=True):
+        for rank, (error, _) in zip(ranks, answers, strict=True):
             assert error is None, f"process {rank}: {error}"
         return [result for _, result in answers]
 
@@ -58,12 +62,12 @@ def _unpacked(data):
     return torch.load(io.BytesIO(data), weights_only=False)
 
 
-def _serve(rank, store, pipe):
+def _serve(rank, count, store, pipe):
     torch.set_num_threads(1)
     patience = timedelta(seconds=ANSWER_SECONDS)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE, timeout=patience)
-    groups.update({size: dist.new_group(ranks) for size, ranks in RANKS.items() if size < SIZE})
-    groups[SIZE] = dist.group.WORLD
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=patience)
+    groups.update({size: dist.new_group(ranks_of(size, count)) for size in range(2, count)})
+    groups[count] = dist.group.WORLD
     while True:
         module, name, size, arguments = _unpacked(pipe.recv_bytes())
         try:

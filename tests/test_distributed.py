@@ -1,15 +1,14 @@
 """Two gloo processes equal one with the joined batch: SyncBatchNorm, the same under FSDP2, DDP, and finer sharding."""
 
 import contextlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from gloo_pool import Pool
 from torch import nn
 
 import annnet_kernels as ak
+from annnet_kernels import backends
 from annnet_kernels.reference import PlainAFNB, PlainAPNB
 
 MAPS = {"AFNB": [(4, 5, 8, 7), (4, 6, 6, 5)], "APNB": [(4, 6, 6, 5)]}
@@ -67,24 +66,27 @@ def counted_reductions():
     dist.all_reduce = lambda tensor, *args, **kwargs: (
         shapes.append(tuple(tensor.shape)) or real(tensor, *args, **kwargs)
     )
-    yield shapes
-    dist.all_reduce = real
+    try:
+        yield shapes
+    finally:
+        dist.all_reduce = real
 
 
-def worker(kind, wrap, rank, split, folder):
+def step_of_two(group, kind, wrap, split, maps):
+    """In one of two processes: its part of the step, and the gradients of both."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    backends._last_used.clear()  # what earlier tests ran in this process
+    rank = dist.get_rank(group)
     block = build(kind, fused=True)
     if wrap in WITHOUT_SYNCHRONISATION:
         freeze_statistics(block)
     else:
         block = nn.SyncBatchNorm.convert_sync_batchnorm(block)
     assert "collapsed" in block.extra_repr()
-    maps = torch.load(f"{folder}/maps.pt")
     part = slice(0, split) if rank == 0 else slice(split, None)
     wrapped = DistributedDataParallel(block) if wrap == "ddp" else block
     if wrap.startswith("fsdp"):
@@ -104,8 +106,14 @@ def worker(kind, wrap, rank, split, folder):
     assert len(reductions) == (0 if wrap in WITHOUT_SYNCHRONISATION else 6 if kind == "AFNB" else 4), reductions
     found |= {f"grad {name}": gradient for name, gradient in reduced_gradients(block, wrap, 2).items()}
     found |= dict(block.named_buffers())
-    torch.save(found, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    return found
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    processes = Pool(tmp_path_factory.mktemp("pool"), count=2)
+    yield processes
+    processes.close()
 
 
 @pytest.fixture
@@ -142,16 +150,9 @@ def test_a_sharded_parameter_is_left_to_the_published_forward(kind, single_proce
         ("APNB", "fsdp, finer", 1),
     ],
 )
-def test_two_processes_equal_one(kind, wrap, split, tmp_path):
+def test_two_processes_equal_one(kind, wrap, split, two_processes):
     maps = [torch.randn(shape, dtype=torch.float64) for shape in MAPS[kind]]
-    torch.save(maps, tmp_path / "maps.pt")
-    command = [sys.executable, __file__, kind, wrap, str(split), str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    processes = [subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE) for rank in (0, 1)]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    first, second = two_processes.run(2, step_of_two, kind, wrap, split, maps)
     plain = build(kind, fused=False)
     if wrap in WITHOUT_SYNCHRONISATION:
         freeze_statistics(plain)
@@ -166,7 +167,3 @@ def test_two_processes_equal_one(kind, wrap, split, tmp_path):
     for name, buffer in plain.named_buffers():
         torch.testing.assert_close(first[name], buffer, msg=name)
         torch.testing.assert_close(second[name], buffer, msg=name)
-
-
-if __name__ == "__main__":
-    worker(sys.argv[1], sys.argv[2], int(sys.argv[5]), int(sys.argv[3]), sys.argv[4])
