@@ -1,4 +1,7 @@
-"""Gloo processes that start once and then run functions of the test modules, since starting them is what costs."""
+"""Gloo processes that start once and then run functions of the test modules, since starting them is what costs.
+
+They are forked from a process that has imported what takes long, and has computed nothing.
+"""
 
 import importlib
 import io
@@ -25,7 +28,8 @@ class Pool:
     """Send a function to the processes of a group and collect what it returns."""
 
     def __init__(self, folder, count=4):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torchvision", "annnet_kernels"])
         pipes = [context.Pipe() for _ in range(count)]
         self.pipes = [mine for mine, _ in pipes]
         arguments = [(rank, count, f"{folder}/store", theirs) for rank, (_, theirs) in enumerate(pipes)]

@@ -13,6 +13,11 @@ for package in ("torchvision", "torchmetrics", "tensorboard", "rich", "matplotli
     pytest.importorskip(package, reason=f"the training example needs {package}: pip install annnet_kernels[train]")
 
 
+@pytest.fixture(autouse=True)
+def _tiny_networks(one_thread):
+    """Beside another busy process, runs of two threads took up to three times as long as of one."""
+
+
 @pytest.fixture
 def data(tmp_path):
     """Seven training and three validation pictures of 3 classes and void, 44 × 56."""

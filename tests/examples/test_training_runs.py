@@ -136,11 +136,13 @@ def test_an_error_in_a_worker_is_one_line(tiny, data, capsys):
     assert error.count("\n") == 1
 
 
-def test_a_killed_run_resumes_to_the_same_weights(tiny, tmp_path):
-    """Ended by SIGTERM, resumed, ended by Ctrl-C, and resumed again. Loaders' workers get the signals as well."""
+def test_a_killed_run_resumes_to_the_same_weights(tiny, tmp_path, capsys):
+    """Ended by SIGTERM, resumed, ended by Ctrl-C, and resumed again, in this process, which costs no start.
+
+    Loaders' workers get the signals as well.
+    """
     settings = {"steps": 30, "log_every": 1, "dropout": 0.3, "workers": 1, "keep": 1}
     whole, interrupted = tiny(out=tmp_path / "whole", **settings), tiny(resume="last", **settings)
-    reference = start(whole)
     steps = []
     for number in (signal.SIGTERM, signal.SIGINT):
         process = start(interrupted)
@@ -153,8 +155,9 @@ def test_a_killed_run_resumes_to_the_same_weights(tiny, tmp_path):
         assert f"saved {saved}; --resume continues there" in printed
         steps.append(checkpoint.read(saved)["step"])
     assert 4 <= steps[0] < steps[0] + 4 <= steps[1] < 30
-    assert f"continuing at step {steps[1]} of 30" in finish(start(interrupted))
-    finish(reference)
+    assert command.main(arguments_of(interrupted)) == 0
+    assert f"continuing at step {steps[1]} of 30" in capsys.readouterr().out
+    assert command.main(arguments_of(whole)) == 0
     first, second = final(whole), final(interrupted)
     for part in ("network", "losses"):
         torch.testing.assert_close(first[part], second[part], rtol=0, atol=0)
