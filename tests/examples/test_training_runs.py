@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import train as command
+from gloo_pool import Pool
 from PIL import Image
 from segmentation import checkpoint
 from segmentation.distributed import Processes
 from segmentation.monitor import Monitor
 from segmentation.options import Options, parse
+from segmentation.results import write_results
 from segmentation.signals import StopRequest
 from segmentation.training import Training, train
 
@@ -189,13 +192,30 @@ def test_two_processes_one_of_them_killed_equal_one(tiny, tmp_path):
     assert not torch.equal(expected[:-1], expected[1:])
 
 
-def test_two_fsdp_processes_continue_the_run_of_one(tiny, tmp_path):
+def share_of_run(group, options):
+    """What the command does between start and end, in one of two processes; the step that it began with."""
+    training = Training(options, Processes(torch.device("cpu"), dist.get_rank(group), 2))
+    training.resume()
+    first = training.step
+    with Monitor(options, first, training.processes.leads) as monitor:
+        assert train(training, monitor, StopRequest()) == 0
+        write_results(training, training.evaluate(monitor), monitor)
+    return first
+
+
+@pytest.fixture
+def two_processes(tmp_path):
+    processes = Pool(tmp_path, count=2)
+    yield processes
+    processes.close()
+
+
+def test_two_fsdp_processes_continue_the_run_of_one(tiny, tmp_path, two_processes):
     """Sharded parameters and momenta from whole ones and back; with void that differs by picture, and hard pixels."""
     expected = losses_alone(tiny(out=tmp_path / "one", ohem=True, **EXACT))
     start_at = checkpoint.path_of(tmp_path / "one/checkpoints", 2)
     options = tiny(out=tmp_path / "two", parallel="fsdp", resume=str(start_at), ohem=True, **EXACT)
-    printed = finish(start(options, *TWO))
-    assert "continuing at step 2 of 6" in printed
+    assert two_processes.run(2, share_of_run, options) == [2, 2]
     assert (options.out / "prediction.png").exists()
     torch.testing.assert_close(final(options)["losses"], expected, rtol=1e-9, atol=0)
     one, two = final(tiny(out=tmp_path / "one", **EXACT)), final(options)
