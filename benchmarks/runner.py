@@ -79,6 +79,11 @@ class CaseRun:
         self.end = time.monotonic() + (options.until - time.monotonic()) * options.share
 
     def run(self) -> dict[str, Any]:
+        torch.compiler.reset()  # all cases compile the same functions, which it does a few times only
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         chosen = [p for p in self.options.choose(self.case, self.options.effort) if p.name not in self.options.without]
         counts = {p.name: self._count(p) for p in chosen}
         contestants = [c for p in chosen if (c := self._enter(p, counts[p.name])) is not None]

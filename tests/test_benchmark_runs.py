@@ -65,6 +65,15 @@ class TestCorrectnessComesFirst:
         assert rows["plain compiled"]["status"] == OK, rows["plain compiled"].get("reason")
         assert rows["plain compiled"]["first_call_s"] > 3 * rows["plain compiled"]["quartiles_s"][2]
 
+    def test_every_case_compiles_anew(self, monkeypatch):
+        """What no longer compiles would be timed as it is, under the name of a compiled one."""
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+        monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
+        for size in (5, 6, 7, 8):
+            case = replace(POOL, size=(size, size))
+            rows = run_case(case, named(case, OURS, PLAIN, "plain compiled"))
+            assert rows["plain compiled"]["status"] == OK, rows["plain compiled"].get("reason")
+
     def test_a_wrong_output_is_wrong(self):
         rows = run_case(APNB, [*named(APNB, OURS, PLAIN), spoilt(APNB, lambda out, module: out * 1.001)])
         assert rows["spoilt"]["status"] == WRONG
