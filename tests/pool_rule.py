@@ -13,6 +13,8 @@ from annnet_kernels import pyramid, reference
 
 GRAD_LAYOUTS = ("tokens", "channels", "slice", "expanded")
 PYRAMID = (1, 3, 6, 8)
+ROUNDING = {torch.float32: 1e-6, torch.float64: 3e-15, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+"""Half of the last digit in 16 bits; a few digits of the sums in 32 and 64."""
 
 
 def random_token_gradient(
@@ -29,6 +31,13 @@ def levels(sizes: Sequence[int | tuple[int, int]]) -> tuple[list[int], list[int]
     """Heights and widths."""
     pairs = [(s, s) if isinstance(s, int) else s for s in sizes]
     return [h for h, _ in pairs], [w for _, w in pairs]
+
+
+def assert_rounded(value: Tensor, truth: Tensor, magnitude: Tensor) -> None:
+    """Every element is right but for rounding; ``magnitude`` is the truth of absolute values, as sums may cancel."""
+    limits = torch.finfo(value.dtype)
+    assert value.shape == truth.shape
+    assert ((value.double() - truth).abs() <= ROUNDING[value.dtype] * magnitude + limits.tiny * limits.eps).all()
 
 
 def assert_pool_accurate(

@@ -5,10 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +20,6 @@ from annnet_kernels import native
 pytestmark = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LEVEL = os.environ.get("ANNNET_CPU_LEVEL")
 
 # batch, key channels, value channels, height, width, tokens
 SHAPES = (
@@ -186,24 +182,6 @@ def test_direct_calls_are_checked() -> None:
 
 
 def test_level_follows_the_environment() -> None:
-    levels = native_levels()
-    assert native.cpu_level() == (LEVEL if LEVEL in levels else levels[-1])
-
-
-def native_levels() -> tuple[str, ...]:
-    """The levels of this processor, lowest first."""
-    return tuple(importlib.import_module("annnet_kernels._C").cpu_levels())
-
-
-@pytest.mark.skipif(LEVEL is not None, reason="the run of one level starts no others")
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
-def test_lower_instruction_levels(level: str) -> None:
-    """Every shape, map layout and edge, of the prologue and the product too, at each level below the highest."""
-    if level not in native_levels()[:-1]:
-        pytest.skip(f"not below the highest level of this processor: {', '.join(native_levels())}")
-    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("bn_relu_attention_native", "products")]
-    selection = "shapes or map_layouts or beyond or follows"
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", selection, __file__, *files]
-    environment = {**os.environ, "ANNNET_CPU_LEVEL": level, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    levels = importlib.import_module("annnet_kernels._C").cpu_levels()
+    level = os.environ.get("ANNNET_CPU_LEVEL")
+    assert native.cpu_level() == (level if level in levels else levels[-1])

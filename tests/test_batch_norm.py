@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,7 +24,7 @@ ops = torch.ops.annnet
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_accuracy_of_layouts(layout, dtype, backend):
-    assert_tail_accurate((2, 19, 17, 24), dtype, backend, layout, grad_layout=layout)
+    assert_tail_accurate((2, 21, 9, 37), dtype, backend, layout, grad_layout=layout)
     assert [ak.last_backend(name) for name in OPERATORS] == [backend] * 4
 
 
@@ -209,30 +204,6 @@ def test_threads_do_not_change_a_bit(shape, layout):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(results[0][name], value) for name, value in other.items())
-
-
-_OF_LEVEL = """
-import sys, torch
-from batch_norm_rule import assert_tail_accurate
-from annnet_kernels import native
-torch.set_num_threads(1)
-assert native.cpu_level() == sys.argv[1], native.cpu_level()
-for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-    for layout in ("nchw", "channels_last", "slice"):
-        assert_tail_accurate((1, 21, 9, 37), dtype, "native", layout, layout)
-"""
-
-
-@pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
-def test_every_instruction_level(level):
-    from annnet_kernels import _C
-
-    if level not in _C.cpu_levels():
-        pytest.skip(f"this processor has no {level}")
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(ak.__file__).parents[1])])
-    environment = {**os.environ, "ANNNET_CPU_LEVEL": level, "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", _OF_LEVEL, level], env=environment, check=True)
 
 
 @pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
