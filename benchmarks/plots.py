@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def _roofline(record: Record) -> Any:
         knee = rate / bandwidth
         axes.plot([low, knee, high], [low * bandwidth, rate, rate], color="black", linewidth=0.8)
         axes.text(high, rate, f" {dtype}", fontsize=7, va="center")
-    markers = dict(zip(dict.fromkeys(case["subject"] for case, _ in points), "osD^v", strict=False))
+    markers = dict(zip(dict.fromkeys(case["subject"] for case, _ in points), cycle("osD^vP*"), strict=False))
     for ours in (False, True):
         for case, provider in points:
             if (provider["name"] == OURS) is ours:

@@ -16,7 +16,7 @@ import torch
 from benchmark_cases import OURS, PLAIN, POOL, RandomFeatures, named, sample_record, spoilt
 from rich.console import Console
 
-from benchmarks import __main__ as command, compare, gpu, report, results
+from benchmarks import __main__ as command, cases, compare, gpu, report, results
 from benchmarks.features import find_pictures
 from benchmarks.runner import OUT_OF_MEMORY, WRONG, CaseRun, Options
 
@@ -56,6 +56,13 @@ class TestReport:
         written = command.write(record, tmp_path)
         assert {path.name for path in written} == {"benchmark.md", "speedup.png", "roofline.png", "sizes.png"}
         assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written if path.suffix == ".png")
+
+    def test_every_subject_has_its_mark(self, tmp_path):
+        record = sample_record()
+        (case,) = record["cases"]
+        subjects = (*cases.OPERATORS, *cases.BLOCKS, cases.PAIR, cases.MODEL)
+        record["cases"] = [{**case, "subject": subject} for subject in subjects]
+        assert tmp_path / "roofline.png" in command.write(record, tmp_path)
 
     def test_nothing_measured_still_prints(self, tmp_path):
         record = sample_record()
