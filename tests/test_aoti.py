@@ -17,7 +17,10 @@ import annnet_kernels as ak
 from annnet_kernels.reference import operators as reference
 
 COMPILER = os.environ.get("CXX", "g++")
-pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"AOTInductor needs a C++ compiler: {COMPILER}")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"AOTInductor needs a C++ compiler: {COMPILER}"),
+]
 
 LEVELS = [1, 3, 6, 8], [1, 3, 6, 8]
 

@@ -17,7 +17,10 @@ from torch import Tensor
 import annnet_kernels as ak
 from annnet_kernels import native
 
-pytestmark = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu"))),
+]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -1,10 +1,9 @@
 """use_backend: who wins, what is refused, what is recorded."""
 
 import os
-import subprocess
-import sys
 import threading
 
+import fresh
 import pytest
 import torch
 
@@ -15,12 +14,6 @@ from annnet_kernels import backends, native
 def pool(x=None):
     ak.pyramid_pool(torch.randn(1, 3, 9, 9) if x is None else x)
     return ak.last_backend("pyramid_pool")
-
-
-def run_python(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
-    )
 
 
 DEFAULT_ON_CPU = "native" if native.why_not("cpu") is None else "reference"
@@ -128,7 +121,7 @@ for operator, module in registration.TRITON_MODULES.items():
     assert callable(getattr(importlib.import_module("annnet_kernels.kernels." + module), operator)), operator
 print(len(registration.TRITON_MODULES))
 """
-    finished = run_python(code)
+    finished = fresh.python(code)
     assert finished.returncode == 0, finished.stderr
     assert int(finished.stdout) >= 9
 
@@ -205,8 +198,8 @@ import torch, annnet_kernels as ak
 ak.pyramid_pool(torch.ones(1, 1, 2, 2))
 print(ak.last_backend("pyramid_pool"))
 """
-    assert run_python(code, ANNNET_BACKEND="reference").stdout.strip() == "reference"
-    failed = run_python(code, ANNNET_BACKEND="fastest")
+    assert fresh.python(code, ANNNET_BACKEND="reference").stdout.strip() == "reference"
+    failed = fresh.python(code, ANNNET_BACKEND="fastest")
     assert "environment variable ANNNET_BACKEND: expected one of triton, native, reference" in failed.stderr
 
 
@@ -229,7 +222,7 @@ assert "triton" not in sys.modules
 
 def test_importing_is_quick_and_wakes_nothing():
     """Of the processor's time: what else runs on the machine makes the clock's as long as it likes."""
-    finished = run_python(IMPORT)
+    finished = fresh.python(IMPORT)
     assert finished.returncode == 0, finished.stderr
     assert float(finished.stdout) < 0.3
 
@@ -244,5 +237,5 @@ with c.FlopCounterMode(display=False) as counter:
     ak.asymmetric_attention(torch.ones(1, 4, 2, 3), torch.ones(1, 4, 5), torch.ones(1, 7, 5))
 print(counter.get_total_flops())
 """
-    finished = run_python(code)
+    finished = fresh.python(code)
     assert finished.stdout.strip() == str(2 * 6 * 5 * (4 + 7)), finished.stderr

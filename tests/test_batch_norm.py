@@ -11,6 +11,8 @@ from helpers import LAYOUTS, assert_as_accurate_as_plain, random_map, relative_e
 import annnet_kernels as ak
 from annnet_kernels import native
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NATIVE = pytest.param(
     "native", marks=pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))

@@ -16,6 +16,8 @@ from torch import nn
 import annnet_kernels as ak
 from annnet_kernels import native
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = (
     (2, 13, 9),
     (3, 9, 17),

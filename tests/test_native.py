@@ -9,13 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pytest
+from fresh import CHECKOUT
 
 import annnet_kernels
 from annnet_kernels import native
 
 PACKAGE = Path(annnet_kernels.__file__).parent
-CHECKOUT = PACKAGE.parent
 USE = (
     "import torch, annnet_kernels as ak; from annnet_kernels import native;"
     "ak.pyramid_pool(torch.randn(1, 2, 9, 9)); print(ak.last_backend('pyramid_pool'), native.cpu_level())"
@@ -25,11 +26,9 @@ built = pytest.mark.skipif(native.why_not("cpu") is not None, reason=f"native: {
 from_checkout = pytest.mark.skipif(not (CHECKOUT / "setup.py").exists(), reason="needs the checkout's setup.py")
 
 
-def _python(*arguments: str, folder: Path = CHECKOUT, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *arguments]
-    # The folder alone: an editable install or a checkout on the path would hide the copy under test.
-    paths = {"PYTHONPATH": str(folder)} | environment
-    return subprocess.run(command, cwd=folder, env=os.environ | paths, capture_output=True, text=True)
+def _build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
 
 
 def _copy_package(target: Path, with_library: bool) -> Path:
@@ -53,13 +52,13 @@ def _lines_about_us(run: subprocess.CompletedProcess[str]) -> list[str]:
 
 @built
 def test_the_environment_lowers_the_level() -> None:
-    run = _python("-c", USE, ANNNET_CPU_LEVEL="baseline")
+    run = fresh.python(USE, ANNNET_CPU_LEVEL="baseline")
     assert run.stdout.split() == ["native", "baseline"], run.stderr
 
 
 @built
 def test_an_unknown_level_is_an_error_that_names_the_levels() -> None:
-    run = _python("-c", USE, ANNNET_CPU_LEVEL="sse9")
+    run = fresh.python(USE, ANNNET_CPU_LEVEL="sse9")
     assert run.returncode != 0
     assert "ANNNET_CPU_LEVEL: expected baseline, avx2, avx512 or avx512_bf16, got 'sse9'" in run.stderr
 
@@ -72,7 +71,7 @@ def test_a_level_that_the_processor_lacks_is_a_warning() -> None:
     assert _C.cpu_levels() == levels[: len(_C.cpu_levels())]
     if len(_C.cpu_levels()) == len(levels):
         pytest.skip("this processor has every level")
-    run = _python("-c", USE, ANNNET_CPU_LEVEL=levels[-1])
+    run = fresh.python(USE, ANNNET_CPU_LEVEL=levels[-1])
     assert run.stdout.split() == ["native", _C.cpu_levels()[-1]]
     assert "RuntimeWarning: environment variable ANNNET_CPU_LEVEL: this processor has no" in run.stderr
 
@@ -87,7 +86,7 @@ def test_a_library_of_another_torch_is_not_opened(tmp_path: Path, record: str | 
     (folder / "annnet_kernels" / library.with_suffix(".json").name).unlink()
     if record is not None:
         library.with_suffix(".json").write_text(record)
-    run = _python("-c", USE, folder=folder)
+    run = fresh.python(USE, folder=folder)
     assert run.stdout.split() == ["reference", "None"], run.stderr
     assert run.stderr.count("RuntimeWarning: annnet_kernels: the C++ extension ") == 1
     assert "failed to load" not in run.stderr
@@ -99,7 +98,7 @@ def test_a_library_that_does_not_load_is_a_warning(tmp_path: Path) -> None:
     folder = _copy_package(tmp_path, with_library=True)
     (library,) = (folder / "annnet_kernels").glob("_C.*.so")
     library.write_bytes(b"not a library")
-    run = _python("-c", USE, folder=folder)
+    run = fresh.python(USE, folder=folder)
     assert run.stdout.split() == ["reference", "None"], run.stderr
     assert "RuntimeWarning: annnet_kernels: the C++ extension failed to load" in run.stderr
 
@@ -121,8 +120,7 @@ def test_the_record_names_this_torch_and_what_is_in_the_library() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_threads_come_from_the_openmp_that_torch_uses() -> None:
     """A second OpenMP runtime would bring a second pool of spinning threads."""
-    run = _python(
-        "-c",
+    run = fresh.python(
         "import torch, annnet_kernels as ak; torch.set_num_threads(2); x = torch.randn(1, 64, 65, 65);"
         "x.exp(); before = len(__import__('os').listdir('/proc/self/task')); ak.pyramid_pool(x);"
         "print(len(__import__('os').listdir('/proc/self/task')) - before);"
@@ -137,12 +135,12 @@ def test_threads_come_from_the_openmp_that_torch_uses() -> None:
 @pytest.mark.parametrize("compiler", ["/bin/false", "/nowhere/c++"])
 def test_without_a_compiler_the_build_succeeds_with_one_line(tmp_path: Path, compiler: str) -> None:
     folder = _copy_checkout(tmp_path)
-    run = _python("setup.py", "build_ext", "--inplace", folder=folder, CXX=compiler)
+    run = _build(folder, CXX=compiler)
     assert run.returncode == 0, run.stderr
     (line,) = _lines_about_us(run)
     assert compiler in line
     assert "pip install --no-build-isolation ." in line
-    assert _python("-c", USE, folder=folder).stdout.split() == ["reference", "None"]
+    assert fresh.python(USE, folder=folder).stdout.split() == ["reference", "None"]
 
 
 @from_checkout
@@ -151,7 +149,7 @@ def test_without_torch_the_build_succeeds_with_one_line(tmp_path: Path) -> None:
     folder = _copy_checkout(tmp_path / "checkout")
     (tmp_path / "hidden" / "torch").mkdir(parents=True)
     (tmp_path / "hidden" / "torch" / "__init__.py").write_text("raise ImportError('isolated')\n")
-    run = _python("setup.py", "build_ext", "--inplace", folder=folder, PYTHONPATH=str(tmp_path / "hidden"))
+    run = _build(folder, PYTHONPATH=str(tmp_path / "hidden"))
     assert run.returncode == 0, run.stderr
     (line,) = _lines_about_us(run)
     assert "no torch" in line
@@ -161,7 +159,7 @@ def test_without_torch_the_build_succeeds_with_one_line(tmp_path: Path) -> None:
 @from_checkout
 def test_the_extension_can_be_switched_off(tmp_path: Path) -> None:
     folder = _copy_checkout(tmp_path)
-    run = _python("setup.py", "build_ext", "--inplace", folder=folder, ANNNET_NATIVE="0")
+    run = _build(folder, ANNNET_NATIVE="0")
     assert run.returncode == 0, run.stderr
     assert _lines_about_us(run) == []
     assert not list((folder / "annnet_kernels").glob("_C.*"))

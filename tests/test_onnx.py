@@ -1,10 +1,10 @@
 """Export to ONNX by both exporters and from an exported program, run by onnxruntime at sizes that were not traced."""
 
 import copy
-import subprocess
 import sys
 
 import block_rule
+import fresh
 import published
 import pytest
 import torch
@@ -228,7 +228,7 @@ def test_importing_the_package_imports_no_exporter():
         "names = ('onnx', 'onnxscript', 'torch.onnx._internal.exporter');"
         "print([name for name in names if name in sys.modules])"
     )
-    output = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    output = fresh.python(code)
     assert output.stdout.strip() == "[]", output.stdout + output.stderr
 
 

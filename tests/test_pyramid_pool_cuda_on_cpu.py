@@ -18,6 +18,8 @@ from annnet_kernels import pyramid, reference
 if cuda_on_cpu.why_not() is not None:
     pytest.skip(f"CUDA on the CPU: {cuda_on_cpu.why_not()}", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = cuda_on_cpu.DTYPES
 SIZES = [1, 3, 6, 8]
 

@@ -17,6 +17,7 @@ if native.why_not("cpu") is not None:
 
 from annnet_kernels import _C
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = (1, 3, 6, 8)
 LARGEST_HALF = 65504.0
