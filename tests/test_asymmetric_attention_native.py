@@ -1,4 +1,4 @@
-"""The C++ attention on the CPU: error against float64, every layout, level, gradient flag, and its memory manners."""
+"""The C++ attention on the CPU: error against float64, every layout, gradient flag, and its memory manners."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The C++ pooling on the CPU: every layout and dtype, out-of-range memory, rounding, threads and instruction levels."""
+"""The C++ pooling on the CPU: every layout and dtype, out-of-range memory, rounding, threads."""
 
 from __future__ import annotations
 
