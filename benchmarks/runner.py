@@ -79,7 +79,7 @@ class CaseRun:
         self.end = time.monotonic() + (options.until - time.monotonic()) * options.share
 
     def run(self) -> dict[str, Any]:
-        torch.compiler.reset()  # all cases compile the same functions, which it does a few times only
+        torch.compiler.reset()  # cases share functions, each of which it compiles a limited number of times
         with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
             return self._run()
 
