@@ -23,15 +23,14 @@ Block block_of(const Attention& args, int64_t index) {
 
 // A block's memory in a map; nothing where neither its pixels nor its channels are neighbours.
 template <class T>
-Ahead ahead_of(const PoolMap& map, int64_t channels, int64_t width, Block block) {
-  constexpr int64_t kSize = sizeof(T), kRestOfLine = 63;
+ReadAhead ahead_of(const PoolMap& map, int64_t channels, int64_t width, Block block) {
+  constexpr int64_t kStep = 16;  // bytes: with 256 channels, a block is asked for in half the steps of a block
   const int64_t row = block.pixels.begin / width, column = block.pixels.begin % width;
   const T* const first =
       static_cast<const T*>(map.data) + block.image * map.batch + row * map.row + column * map.column;
   const int64_t pixels = block.pixels.end - block.pixels.begin;
-  if (map.column == 1)
-    return {reinterpret_cast<const char*>(first), map.channel * kSize, pixels * kSize + kRestOfLine, channels};
-  if (map.channel == 1) return {reinterpret_cast<const char*>(first), map.column * kSize, channels * kSize, pixels};
+  if (map.column == 1) return ReadAhead::of_rows(first, map.channel, pixels, channels, kStep);
+  if (map.channel == 1) return ReadAhead::of_rows(first, map.column, channels, pixels, kStep);
   return {};
 }
 
@@ -46,7 +45,7 @@ void set_pixels(Positions<T>& positions, const PoolMap& map, int64_t width, Bloc
     positions.append(row * map.row + column * map.column, map.column, length);
     pixel += length;
   }
-  positions.find_adjacent();
+  positions.find_steps();
 }
 
 // Positions at one stride.
@@ -56,7 +55,7 @@ void set_line(Positions<T>& positions, const T* data, int64_t channel_stride, in
   positions.channel_stride = channel_stride;
   positions.count = 0;
   positions.append(0, stride, count);
-  positions.find_adjacent();
+  positions.find_steps();
 }
 
 template <class T>
@@ -73,23 +72,37 @@ void set_buffer(Positions<A>& positions, const A* buffer, int64_t pixels) {
 
 // ---- the three products ----
 
-// Calls work(begin, end) with the channels begin … end - 1 of a block of a map packed into `chunk`, chunk by chunk.
+// A part of a map as an operand with k = channel.
+template <class T>
+struct ChannelRows {
+  const Element<T>* data;
+  int64_t stride;
+};
+
+// Calls work(begin, end, rows) with the channels begin … end - 1 of a block of a map, chunk by chunk: the map's own
+// memory where a product can read it (in NCHW; 4 % of the time of the attention), else a copy in `chunk`.
 template <class T, class Work>
 void for_chunks(const Positions<T>& map, int64_t channels, Element<T>* chunk, const Work& work) {
+  const bool in_place = kReadInPlace<T> && map.norm == nullptr && map.step == 1 && map.count % kLanes<T> == 0 &&
+                        channels % kTileRows == 0;
   for (int64_t begin = 0; begin < channels; begin += kChunk) {
     const int64_t end = minimum(begin + kChunk, channels);
-    pack_channels<T>(map, begin, end, chunk, kBlockStride<T>);
-    work(begin, end);
+    if (in_place) {
+      work(begin, end, ChannelRows<T>{map.operand() + begin * map.channel_stride, map.channel_stride});
+    } else {
+      pack_channels<T>(map, begin, end, chunk, kBlockStride<T>);
+      work(begin, end, ChannelRows<T>{chunk, kBlockStride<T>});
+    }
   }
 }
 
 // result[token][pixel] (+)= Σ_channel tokens[channel][token] map[channel][pixel], over the channels of a chunk
 template <class T>
 void contract_channels(int64_t begin, int64_t end, int64_t pixels, int64_t tokens, const Element<T>* by_channel,
-                       const Element<T>* chunk, Acc<T>* result, Ahead& ahead) {
+                       ChannelRows<T> rows, Acc<T>* result, ReadAhead& ahead) {
   const int64_t stride = leading_dimension<T>(tokens);
-  multiply<T>(tokens, pixels, end - begin, ByDepth<T>{by_channel + begin / Operand<T>::kStep * stride, stride}, chunk,
-              kBlockStride<T>, ToBuffer<T>{result, kBlockStride<T>, begin > 0}, ahead);
+  multiply<T>(tokens, pixels, end - begin, ByDepth<T>{by_channel + begin / Operand<T>::kStep * stride, stride},
+              rows.data, rows.stride, ToBuffer<T>{result, kBlockStride<T>, begin > 0}, ahead);
 }
 
 // Sink: `rows` × `columns` of a dense map whose rows are channels (kChannelRows) or pixels, plus an addend if given.
@@ -98,16 +111,16 @@ struct ToMap {
   T* target;
   int64_t stride, rows, columns;
   const Positions<T>* addend;
+  WriteAhead ahead = {};
 
-  // In NCHW a tile is short pieces of rows far apart: without this the forward took 4 % longer, the backward 2 %. In
-  // channels_last, whole lines, it gains only where an addend is read there: 4.9 instead of 5.4 ms for 512 channels.
-  ANNNET_INLINE void expect(int64_t row, int64_t column, int64_t vectors) const {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    if (kChannelRows || addend != nullptr)
-      for (int64_t i = row; i < minimum(row + kTileRows, rows); ++i)
-        for (int64_t j = column; j < minimum(column + vectors * kLanes<T>, columns); j += kLine)
-          __builtin_prefetch(target + i * stride + j, 1);
+  ToMap(T* target, int64_t stride, int64_t rows, int64_t columns, const Positions<T>* addend)
+      : target(target), stride(stride), rows(rows), columns(columns), addend(addend) {
+    // In NCHW a tile is short pieces of rows far apart. In channels_last, whole lines, this gains only where an addend
+    // is read there: 4.9 instead of 5.4 ms for 512 channels.
+    if (kChannelRows || addend != nullptr) ahead = WriteAhead::of_rows(target, stride, columns, rows, 64);
   }
+
+  ANNNET_INLINE void expect() { ahead.advance(); }
   ANNNET_INLINE void operator()(int64_t row, int64_t column, Vec<T> value) const {
     if (row >= rows) return;
     if (addend != nullptr) value += load_row<kChannelRows>(*addend, row, column, columns);
@@ -118,7 +131,7 @@ struct ToMap {
 // map[channel][pixel] = Σ_token tokens[token][channel] weights[token][pixel], plus an addend if given
 template <class T>
 void contract_tokens(const Attention& args, void* map, int64_t channels, Block block, const Element<T>* by_token,
-                     const Element<T>* weights, const Positions<T>* addend, Ahead& ahead) {
+                     const Element<T>* weights, const Positions<T>* addend, ReadAhead& ahead) {
   const AttentionSizes& s = args.sizes;
   const int64_t stride = leading_dimension<T>(channels), count = block.pixels.end - block.pixels.begin;
   T* const target = static_cast<T*>(map) + block.image * s.pixels * channels;
@@ -130,15 +143,16 @@ void contract_tokens(const Attention& args, void* map, int64_t channels, Block b
                 ToMap<true, T>{target + block.pixels.begin, s.pixels, channels, count, addend}, ahead);
 }
 
-// sums[channel][token] (+)= Σ_pixel map[channel][pixel] weights[pixel][token], for the channels of a chunk. The chunk
-// serves as it is, unless its pairs are of channels: then it is packed again, in pairs of pixels.
+// sums[channel][token] (+)= Σ_pixel map[channel][pixel] weights[pixel][token], for the channels of a chunk. Its rows
+// serve as they are, unless their pairs are of channels: then the map is packed again, in pairs of pixels.
 template <class T>
 void contract_pixels(const Positions<T>& map, int64_t begin, int64_t end, int64_t tokens,
-                     const Element<T>* weights_by_pixel, Element<T>* chunk, Acc<T>* sums, bool add, Ahead& ahead) {
+                     const Element<T>* weights_by_pixel, ChannelRows<T> rows, Element<T>* chunk, Acc<T>* sums, bool add,
+                     ReadAhead& ahead) {
   const int64_t stride = leading_dimension<T>(tokens);
   const ToBuffer<T> sink{sums + begin * stride, stride, add};
   if constexpr (Operand<T>::kStep == 1) {
-    multiply<T>(end - begin, tokens, map.count, ByRow<T>{chunk, kBlockStride<T>}, weights_by_pixel, stride, sink,
+    multiply<T>(end - begin, tokens, map.count, ByRow<T>{rows.data, rows.stride}, weights_by_pixel, stride, sink,
                 ahead);
   } else {
     const int64_t chunk_stride = leading_dimension<T>(end - begin);
@@ -201,12 +215,12 @@ void attention_forward(const Attention& args, char* memory, int64_t begin, int64
   for (int64_t index = begin; index < end; ++index) {
     const Block block = block_of<T>(args, index);
     const PackedTokens<T> packed(args.packed + block.image * args.plan.packed_bytes, s, false);
-    Ahead ahead =
-        index + 1 < end ? ahead_of<T>(args.query, s.key_channels, s.width, block_of<T>(args, index + 1)) : Ahead{};
+    ReadAhead ahead =
+        index + 1 < end ? ahead_of<T>(args.query, s.key_channels, s.width, block_of<T>(args, index + 1)) : ReadAhead{};
     set_pixels(query, args.query, s.width, block);
-    for_chunks(query, s.key_channels, scratch.chunk, [&](int64_t begin, int64_t end) {
-      contract_channels<T>(begin, end, query.count, s.tokens, packed.key_by_channel, scratch.chunk,
-                           scratch.probabilities, ahead);
+    for_chunks(query, s.key_channels, scratch.chunk, [&](int64_t begin, int64_t end, ChannelRows<T> rows) {
+      contract_channels<T>(begin, end, query.count, s.tokens, packed.key_by_channel, rows, scratch.probabilities,
+                           ahead);
     });
     softmax(scratch.probabilities, s.tokens, query.count, static_cast<Acc<T>>(args.scale),
             static_cast<Acc<T>*>(args.logsumexp) + block.image * s.pixels + block.pixels.begin);
@@ -232,22 +246,22 @@ void attention_backward(const Attention& args, char* memory, int64_t begin, int6
     const int64_t last = image * args.plan.blocks + args.plan.blocks * (split + 1) / args.plan.splits - 1;
     for (int64_t number = first; number <= last; ++number) {
       const Block block = block_of<T>(args, number);
-      Ahead ahead = ahead_of<T>(args.grad_out, s.value_channels, s.width, block);
+      ReadAhead ahead = ahead_of<T>(args.grad_out, s.value_channels, s.width, block);
       set_pixels(query, args.query, s.width, block);
       set_pixels(gradient, args.grad_out, s.width, block);
-      for_chunks(query, s.key_channels, scratch.chunk, [&](int64_t begin, int64_t end) {
-        contract_channels<T>(begin, end, query.count, s.tokens, packed.key_by_channel, scratch.chunk,
-                             scratch.probabilities, ahead);
+      for_chunks(query, s.key_channels, scratch.chunk, [&](int64_t begin, int64_t end, ChannelRows<T> rows) {
+        contract_channels<T>(begin, end, query.count, s.tokens, packed.key_by_channel, rows, scratch.probabilities,
+                             ahead);
       });
       softmax<Acc<T>>(scratch.probabilities, s.tokens, query.count, scale, nullptr);
       if (args.needs_value)
         transpose_weights<T>(scratch.probabilities, s.tokens, query.count, scratch.weights_by_pixel);
-      for_chunks(gradient, s.value_channels, scratch.chunk, [&](int64_t begin, int64_t end) {
+      for_chunks(gradient, s.value_channels, scratch.chunk, [&](int64_t begin, int64_t end, ChannelRows<T> rows) {
         if (args.needs_query || args.needs_key)
-          contract_channels<T>(begin, end, query.count, s.tokens, packed.value_by_channel, scratch.chunk,
+          contract_channels<T>(begin, end, query.count, s.tokens, packed.value_by_channel, rows,
                                scratch.logit_gradients, ahead);
         if (args.needs_value)
-          contract_pixels(gradient, begin, end, s.tokens, scratch.weights_by_pixel, scratch.chunk, sums.dvalue,
+          contract_pixels(gradient, begin, end, s.tokens, scratch.weights_by_pixel, rows, scratch.chunk, sums.dvalue,
                           number > first, ahead);
       });
       if (!args.needs_query && !args.needs_key) continue;
@@ -259,8 +273,8 @@ void attention_backward(const Attention& args, char* memory, int64_t begin, int6
                            ahead);
       if (args.needs_key) {
         transpose_weights<T>(scratch.logit_gradients, s.tokens, query.count, scratch.weights_by_pixel);
-        for_chunks(query, s.key_channels, scratch.chunk, [&](int64_t begin, int64_t end) {
-          contract_pixels(query, begin, end, s.tokens, scratch.weights_by_pixel, scratch.chunk, sums.dkey,
+        for_chunks(query, s.key_channels, scratch.chunk, [&](int64_t begin, int64_t end, ChannelRows<T> rows) {
+          contract_pixels(query, begin, end, s.tokens, scratch.weights_by_pixel, rows, scratch.chunk, sums.dkey,
                           number > first, ahead);
         });
       }

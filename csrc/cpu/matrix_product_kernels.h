@@ -66,44 +66,48 @@ inline void pack_product(const MatrixProduct& args, int64_t begin, int64_t end) 
   }
 }
 
-// Sink: the tiles of one panel of rows in one part of the columns.
+// Sink: the tiles of one panel of rows, from `target` on; `rows` and `columns` are those that are left of C there.
 struct ToProduct {
-  const MatrixProduct& args;
-  float* image;
-  int64_t first_row, first_column;
+  float* target;
+  int64_t stride, rows, columns;
+  const float* bias;  // of the panel's rows, or null
+  bool add;
+  WriteAhead ahead;
 
-  ANNNET_INLINE void expect(int64_t, int64_t column, int64_t vectors) const {
-    constexpr int64_t kLine = 64 / sizeof(float);
-    const int64_t from = first_column + column, to = minimum(from + vectors * kLanes<float>, args.columns);
-    for (int64_t i = first_row; i < minimum(first_row + kTileRows, args.rows); ++i)
-      for (int64_t j = from; j < to; j += kLine) __builtin_prefetch(image + i * args.columns + j, 1);
-  }
-  ANNNET_INLINE void operator()(int64_t i, int64_t j, FloatVector value) const {
-    const int64_t row = first_row + i, column = first_column + j, count = args.columns - column;
-    if (row >= args.rows) return;
-    float* const place = image + row * args.columns + column;
-    if (args.add) value += load_lanes(place, 1, count);
-    if (args.bias != nullptr) value += args.bias[row];
-    store_lanes(place, 1, value, count);
+  ANNNET_INLINE void expect() { ahead.advance(); }
+  ANNNET_INLINE void operator()(int64_t row, int64_t column, FloatVector value) const {
+    if (row >= rows) return;
+    float* const place = target + row * stride + column;
+    if (add) value += load_lanes(place, 1, columns - column);
+    if (bias != nullptr) value += bias[row];
+    store_lanes(place, 1, value, columns - column);
   }
 };
 
-// `rows` rows of memory, `stride` apart, to be asked for within `tiles` tiles.
-inline Ahead ahead_within(int64_t tiles, const float* data, int64_t stride, int64_t length, int64_t rows) {
-  constexpr int64_t kSize = sizeof(float), kLine = 64;
-  const int64_t bytes = length * kSize + kLine - 1;
-  return {.row = reinterpret_cast<const char*>(data),
-          .stride = stride * kSize,
-          .bytes = bytes,
+inline ToProduct panel_of_product(const MatrixProduct& args, int64_t image, int64_t panel, int64_t column,
+                                  int64_t columns) {
+  const int64_t row = panel * kTileRows, rows = minimum(kTileRows, args.rows - row);
+  float* const target = args.c + image * args.c_image + row * args.columns + column;
+  return {.target = target,
+          .stride = args.columns,
           .rows = rows,
-          .lines = (bytes / kLine * rows + tiles - 1) / tiles};
+          .columns = args.columns - column,
+          .bias = args.bias == nullptr ? nullptr : args.bias + row,
+          .add = args.add,
+          .ahead = WriteAhead::of_rows(target, args.columns, columns, rows, 64)};
+}
+
+// `rows` rows of memory, `stride` apart, to be asked for within `steps` steps.
+inline ReadAhead ahead_within(int64_t steps, const float* data, int64_t stride, int64_t length, int64_t rows) {
+  const int64_t bytes = length * static_cast<int64_t>(sizeof(float)) * rows;
+  return ReadAhead::of_rows(data, stride, length, rows, bytes / steps + 1);
 }
 
 // The `columns` columns of B at `data`; nothing where its elements are no neighbours.
-inline Ahead ahead_of_part(const MatrixProduct& args, const float* data, int64_t columns, int64_t tiles) {
+inline ReadAhead ahead_of_part(const MatrixProduct& args, const float* data, int64_t columns, int64_t steps) {
   if (columns <= 0) return {};
-  if (args.b.column == 1) return ahead_within(tiles, data, args.b.row, columns, args.depth);
-  if (args.b.row == 1) return ahead_within(tiles, data, args.b.column, args.depth, columns);
+  if (args.b.column == 1) return ahead_within(steps, data, args.b.row, columns, args.depth);
+  if (args.b.row == 1) return ahead_within(steps, data, args.b.column, args.depth, columns);
   return {};
 }
 
@@ -113,7 +117,7 @@ inline void pack_part(const MatrixProduct& args, const float* b, int64_t columns
     positions.data = b + column * args.b.column;
     positions.channel_stride = args.b.row;
     positions.append(0, args.b.column, minimum(kBlock<float>, columns - column));
-    positions.find_adjacent();
+    positions.find_steps();
     pack_channels<float>(positions, 0, args.depth, target + column, stride);
   }
 }
@@ -136,15 +140,16 @@ inline void multiply_product(const MatrixProduct& args, float* scratch, int64_t 
       const float* const b = args.b.data + image * args.b.image + column * args.b.column;
       pack_part(args, b, columns, scratch, stride);
       const int64_t tiles = (columns + kTileVectors * kLanes<float> - 1) / (kTileVectors * kLanes<float>);
-      Ahead ahead = {};
+      const int64_t steps = tiles * args.depth;  // of one panel
+      ReadAhead ahead = {};
       if (args.rows <= args.columns)
         ahead = ahead_of_part(args, b + columns * args.b.column, minimum(width, last_column - column - columns),
-                              tiles * (last_panel - first_panel));
+                              steps * (last_panel - first_panel));
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-        const ToProduct sink{args, args.c + image * args.c_image, panel * kTileRows, column};
+        const ToProduct sink = panel_of_product(args, image, panel, column, columns);
         const float* const rows = a + panel * kTileRows * args.a.row;
         if (args.rows > args.columns && panel + 1 < direct)
-          ahead = ahead_within(tiles, rows + kTileRows * args.a.row, args.a.row, args.depth, kTileRows);
+          ahead = ahead_within(steps, rows + kTileRows * args.a.row, args.a.row, args.depth, kTileRows);
         if (panel < direct)
           multiply<float>(kTileRows, columns, args.depth, ByRow<float>{rows, args.a.row}, scratch, stride, sink, ahead);
         else

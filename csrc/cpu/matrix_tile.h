@@ -70,57 +70,74 @@ struct ByRow {
 };
 
 template <class T, int kVectors, class A, class Sink>
-ANNNET_INLINE void tile(int64_t depth, A a, const Element<T>* b, int64_t ldb, const Sink& sink, int64_t row,
-                        int64_t column) {
+ANNNET_INLINE void tile(int64_t depth, A a, const Element<T>* b, int64_t ldb, Sink& sink, int64_t row, int64_t column,
+                        ReadAhead& ahead) {
   Vec<T> sum[kTileRows][kVectors] = {};
+  ReadAhead next = ahead;
   for (int64_t k = 0; k < depth; k += Operand<T>::kStep, a.next(), b += ldb) {
 #pragma GCC unroll 8
     for (int i = 0; i < kTileRows; ++i)
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) sum[i][j] = Operand<T>::multiply_add(a[i], b + j * kLanes<T>, sum[i][j]);
+    next.advance();
+    sink.expect();
   }
+  ahead = next;
 #pragma GCC unroll 8
   for (int i = 0; i < kTileRows; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) sink(row + i, column + j * kLanes<T>, sum[i][j]);
 }
 
+// Sink: adds the runs of one tile up to `total`.
+template <class T, int kVectors, class Sink>
+struct Runs {
+  Vec<T> (*total)[kVectors];
+  Sink* sink;
+
+  ANNNET_INLINE void expect() const { sink->expect(); }
+  ANNNET_INLINE void operator()(int64_t row, int64_t column, Vec<T> run) const {
+    total[row][column / kLanes<T>] += run;
+  }
+};
+
 // A tile of any depth, in runs of at most kRun: one run of 1024 terms would have twice the error.
 constexpr int64_t kRun = 128;
 
 template <class T, int kVectors, class A, class Sink>
-ANNNET_INLINE void deep_tile(int64_t depth, const A& a, const Element<T>* b, int64_t ldb, const Sink& sink, int64_t row,
-                             int64_t column) {
-  if (depth <= kRun) return tile<T, kVectors>(depth, a.at(row, 0), b + column, ldb, sink, row, column);
+ANNNET_INLINE void deep_tile(int64_t depth, const A& a, const Element<T>* b, int64_t ldb, Sink& sink, int64_t row,
+                             int64_t column, ReadAhead& ahead) {
+  b += column;
+  if (depth <= kRun) return tile<T, kVectors>(depth, a.at(row, 0), b, ldb, sink, row, column, ahead);
   Vec<T> total[kTileRows][kVectors] = {};
-  const auto add = [&](int64_t i, int64_t j, Vec<T> run) { total[i - row][(j - column) / kLanes<T>] += run; };
+  const Runs<T, kVectors, Sink> runs{total, &sink};
   for (int64_t begin = 0; begin < depth; begin += kRun) {
     const int64_t step = begin / Operand<T>::kStep;
-    tile<T, kVectors>(minimum(kRun, depth - begin), a.at(row, step), b + step * ldb + column, ldb, add, row, column);
+    tile<T, kVectors>(minimum(kRun, depth - begin), a.at(row, step), b + step * ldb, ldb, runs, 0, 0, ahead);
   }
   for (int i = 0; i < kTileRows; ++i)
     for (int j = 0; j < kVectors; ++j) sink(row + i, column + j * kLanes<T>, total[i][j]);
 }
 
 // Hands every vector of C to sink(row, column, vector). Rows come in whole tiles and columns in whole vectors, so
-// the sink also gets what lies beyond `rows` and `columns`: values without meaning. Between tiles, `ahead` takes a
-// step, and the sink may ask for the memory of the next tile with expect(row, column, vectors).
+// the sink also gets what lies beyond `rows` and `columns`: values without meaning. At every step `ahead` asks for
+// memory, and so may the sink in expect(). The sink is copied: kept where the caller has it, its members would be read
+// anew at every vector, which took 3 % of the attention's time.
 template <class T, class A, class Sink>
 inline void multiply(int64_t rows, int64_t columns, int64_t depth, const A& a, const Element<T>* b, int64_t ldb,
-                     const Sink& sink, Ahead& ahead) {
+                     const Sink& into, ReadAhead& ahead) {
+  Sink sink = into;
   int64_t vectors = (columns + kLanes<T> - 1) / kLanes<T>, column = 0;
   while (vectors > 0) {
     // Four are two and two: a tile of one vector has too few sums to keep the multipliers busy.
     const int64_t wide = vectors == kTileVectors + 1 ? minimum(2, kTileVectors) : minimum(vectors, kTileVectors);
     for (int64_t row = 0; row < rows; row += kTileRows) {
-      ahead.step();
-      sink.expect(row, column, wide);
       if (wide == kTileVectors)
-        deep_tile<T, kTileVectors>(depth, a, b, ldb, sink, row, column);
+        deep_tile<T, kTileVectors>(depth, a, b, ldb, sink, row, column, ahead);
       else if (wide == 2)
-        deep_tile<T, 2>(depth, a, b, ldb, sink, row, column);
+        deep_tile<T, 2>(depth, a, b, ldb, sink, row, column, ahead);
       else
-        deep_tile<T, 1>(depth, a, b, ldb, sink, row, column);
+        deep_tile<T, 1>(depth, a, b, ldb, sink, row, column, ahead);
     }
     vectors -= wide;
     column += wide * kLanes<T>;
@@ -133,7 +150,7 @@ struct ToBuffer {
   Acc<T>* target;
   int64_t stride;
   bool add;
-  ANNNET_INLINE void expect(int64_t, int64_t, int64_t) const {}
+  ANNNET_INLINE void expect() const {}
   ANNNET_INLINE void operator()(int64_t row, int64_t column, Vec<T> value) const {
     Acc<T>* place = target + row * stride + column;
     store(place, add ? load(place) + value : value);

@@ -12,6 +12,10 @@ namespace annnet::ANNNET_LEVEL {
 template <class T>
 constexpr int kBlock = 384 / static_cast<int>(sizeof(Acc<T>));
 
+// Whether an operand's elements are as they lie in a map of elements T.
+template <class T>
+constexpr bool kReadInPlace = Operand<T>::kStep == 1 && sizeof(T) == sizeof(Acc<T>);
+
 // Elements (channel, position) of a map, of tokens or of a buffer, for one block of positions.
 template <class T>
 struct Positions {
@@ -21,13 +25,20 @@ struct Positions {
   int64_t count = 0;
   int64_t offset[kBlock<T>];
   bool adjacent[kBlock<T> / kLanes<T>];  // whether a vector's positions lie next to each other
+  int64_t step;                          // from each position to the next, 0 where that differs
 
   // Appends `length` positions, the first at `from` and each `stride` after the one before.
   void append(int64_t from, int64_t stride, int64_t length) {
     for (int64_t i = 0; i < length; ++i) offset[count++] = from + i * stride;
   }
 
-  void find_adjacent() {
+  // The first position, where kReadInPlace.
+  const Element<T>* operand() const { return reinterpret_cast<const Element<T>*>(data + offset[0]); }
+
+  void find_steps() {
+    step = count > 1 ? offset[1] - offset[0] : 0;
+    for (int64_t i = 2; i < count; ++i)
+      if (offset[i] - offset[i - 1] != step) step = 0;
     for (int64_t begin = 0; begin < count; begin += kLanes<T>) {
       const int64_t last = minimum(begin + kLanes<T>, count) - 1;
       bool& all = adjacent[begin / kLanes<T>];
