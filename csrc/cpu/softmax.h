@@ -6,17 +6,23 @@
 
 namespace annnet::ANNNET_LEVEL {
 
-constexpr int kChains = 4;  // sums run in as many chains: faster, and more accurate than one
+constexpr int kChains = 4;  // of dependent operations: faster than one, and sums are more accurate
+
+// join(… join(start, term(0)) …, term(tokens - 1)), for a join that may be regrouped and take `start` several times
+template <class V, class Term, class Join>
+ANNNET_INLINE V join_tokens(int64_t tokens, V start, const Term& term, const Join& join) {
+  V chains[kChains] = {start, start, start, start};
+  int64_t token = 0;
+  for (; token + kChains <= tokens; token += kChains)
+    for (int i = 0; i < kChains; ++i) chains[i] = join(chains[i], term(token + i));
+  for (; token < tokens; ++token) chains[0] = join(chains[0], term(token));
+  return join(join(chains[0], chains[1]), join(chains[2], chains[3]));
+}
 
 // Σ_token term(token)
 template <class V, class Term>
 ANNNET_INLINE V sum_tokens(int64_t tokens, const Term& term) {
-  V sums[kChains] = {};
-  int64_t token = 0;
-  for (; token + kChains <= tokens; token += kChains)
-    for (int i = 0; i < kChains; ++i) sums[i] += term(token + i);
-  for (; token < tokens; ++token) sums[0] += term(token);
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  return join_tokens(tokens, V{}, term, [](V a, V b) { return a + b; });
 }
 
 // In place: logits[token][pixel] become softmax(scale · logits) over the tokens. `logsumexp` may be null.
@@ -25,14 +31,10 @@ void softmax(A* logits, int64_t tokens, int64_t pixels, A scale, A* logsumexp) {
   constexpr int64_t kStride = kBlockStride<A>;
   for (int64_t pixel = 0; pixel < pixels; pixel += kLanes<A>) {
     A* const column = logits + pixel;
-    Vec<A> largest = load(column) * scale;
-    for (int64_t token = 0; token < tokens; ++token) {
-      const Vec<A> logit = load(column + token * kStride) * scale;
-      store(column + token * kStride, logit);
-      largest = logit > largest ? logit : largest;
-    }
+    const auto scaled = [&](int64_t token) { return load(column + token * kStride) * scale; };
+    const Vec<A> largest = join_tokens(tokens, scaled(0), scaled, [](Vec<A> a, Vec<A> b) { return b > a ? b : a; });
     const Vec<A> sum = sum_tokens<Vec<A>>(tokens, [&](int64_t token) {
-      const Vec<A> power = exponential(load(column + token * kStride) - largest);
+      const Vec<A> power = exponential(scaled(token) - largest);
       store(column + token * kStride, power);
       return power;
     });
