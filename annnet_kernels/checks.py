@@ -13,7 +13,7 @@ from numbers import Integral, Real
 import torch
 
 from .autocast import autocast_dtype
-from .onnx import tracing
+from .tracers import jit_tracing
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -36,7 +36,7 @@ def feature_map(name: str, value: object, channels: int | None = None) -> torch.
     x = tensor(name, value)
     if x.dim() != 4:
         raise ValueError(f"{name}: expected a feature map of shape (B, C, H, W), got shape {_shape(x)}")
-    if tracing():
+    if jit_tracing():
         return x
     if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError(f"{name}: expected at least one channel, row and column, got shape {_shape(x)}")
@@ -50,7 +50,7 @@ def tokens(name: str, value: object, batch: int, channels: int | None, count: in
     x = tensor(name, value)
     if x.dim() != 3:
         raise ValueError(f"{name}: expected tokens of shape (B, C, T), got shape {_shape(x)}")
-    if tracing():
+    if jit_tracing():
         return x
     if x.shape[1] == 0 or x.shape[2] == 0:
         raise ValueError(f"{name}: expected at least one channel and one token, got shape {_shape(x)}")
@@ -153,7 +153,7 @@ def block_inputs(**inputs: tuple[object, torch.nn.Conv2d]) -> None:
             raise ValueError(f"{name}: expected the device of the block's parameters, {weight.device}, got {x.device}")
         if x.dtype != weight.dtype and autocast_dtype(x.device.type) is None:
             raise TypeError(f"{name}: expected the dtype of the block's parameters, {weight.dtype}, got {x.dtype}")
-        if batch is not None and not tracing() and x.shape[0] != batch[1]:
+        if batch is not None and not jit_tracing() and x.shape[0] != batch[1]:
             raise ValueError(f"{name}: expected the batch of {batch[0]}, {batch[1]}, got {x.shape[0]}")
         batch = name, x.shape[0]
 

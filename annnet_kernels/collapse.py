@@ -42,6 +42,7 @@ from .normalization import (
     uses_batch_statistics,
 )
 from .ops import chain_product, matrix_product, pointwise_convolution
+from .tracers import jit_tracing
 
 
 class Projection(NamedTuple):
@@ -211,7 +212,7 @@ def token_values(weights: Weights, pooled: Tensor) -> Tensor:
     with no_autocast(pooled.device.type):
         matrices = matrices_of(weights)
         rows = pooled.transpose(1, 2).flatten(0, 1).to(matrices[0].dtype)
-        if torch.compiler.is_compiling() or onnx.tracing():
+        if torch.compiler.is_compiling() or jit_tracing():
             values = matrix_product(matrix_product(rows, matrices[0]), reduce(matrix_product, matrices[1:]))
         else:
             values = chain_product([rows, *matrices])

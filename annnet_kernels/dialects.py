@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from .collapse import Parts, Projection
+from .tracers import exporting
 
 _Path = tuple[str, ...]
 
@@ -73,7 +73,7 @@ class BlockNames:
 
     def parts(self, block: nn.Module) -> Parts:
         """The parts of ``block``; AttributeError if one of them is not there."""
-        if torch.compiler.is_exporting():
+        if exporting():
             block = _itself(block)
         key_conv, key_norm, key_act, query_conv, query_norm, query_act, value, out = (
             _at(block, path) for path in self._leaves

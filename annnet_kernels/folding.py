@@ -36,8 +36,8 @@ from .normalization import (
     pool_rectified,
     uses_batch_statistics,
 )
-from .onnx import tracing
 from .ops import chain_product, pointwise_convolution
+from .tracers import jit_tracing
 
 
 class FoldedBlock(NamedTuple):
@@ -119,7 +119,7 @@ class Foldable(nn.Module):
 
     def current_fold(self) -> Fold | None:
         """The fold, if it may be used now: without gradients, outside traced code, with nothing changed since."""
-        if self._fold is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or tracing():
+        if self._fold is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or jit_tracing():
             return None
         if not self._fold.is_current():
             self.unfold()

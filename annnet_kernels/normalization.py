@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .backends import requested_backend
 from .ops import NormalizedAttention, NormalizedPool, NormalizedTail
 from .ops.functions import apply
+from .tracers import exporting
 
 FUSABLE_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -229,7 +230,7 @@ def channel_scale(dropout: nn.Dropout2d | None, like: Tensor, channels: int) -> 
 def apply_scaled_tail(y: Tensor, norm: Normalization, relu: bool, scale: Tensor | None) -> Tensor:
     """scale · act(z), (B, C) the scale of every image and channel; without gradients, y becomes it."""
     scale = None if scale is None else scale.to(norm.mean.dtype)
-    if not (torch.is_grad_enabled() or torch.compiler.is_exporting()):  # an exported program writes nothing in place
+    if not (torch.is_grad_enabled() or exporting()):  # an exported program writes nothing in place
         torch.ops.annnet.batch_norm_apply_(y, norm.mean, norm.invstd, norm.weight, norm.bias, scale, relu)
         return y
     out: Tensor = apply(NormalizedTail, y, *norm.vectors(), scale, relu, norm.samples, norm.group, requested_backend())

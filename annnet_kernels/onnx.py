@@ -18,15 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import tracers
+
 
 def exporting() -> bool:
     """Whether an exporter to ONNX is tracing; the first two questions are cheap and seldom answered with yes."""
-    return (torch.compiler.is_exporting() or tracing()) and torch.onnx.is_in_onnx_export()
-
-
-def tracing() -> bool:
-    """Whether ``torch.jit`` traces, as the older of the two exporters does."""
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+    return (tracers.exporting() or tracers.jit_tracing()) and torch.onnx.is_in_onnx_export()
 
 
 def pyramid_pool(x: Tensor, heights: Sequence[int], widths: Sequence[int]) -> Tensor:

@@ -98,10 +98,6 @@ def test_one_compilation_serves_every_size(make, what, backend):
 
 
 @pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
-@pytest.mark.skipif(
-    torch.__version__ < "2.12",
-    reason="PyTorch 2.10 and 2.11 say that torch.compile exports, and what is exported has the library's convolutions",
-)
 def test_one_compilation_by_inductor_trains_every_size():
     """In float32 and NCHW on a CPU."""
     model = Blocks().float()

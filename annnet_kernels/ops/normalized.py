@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..tracers import exporting
 from .products import convolution_gradients, serves_convolution
 
 Gradients = tuple[Any, ...]
@@ -106,7 +107,7 @@ class NormalizedAttention(torch.autograd.Function):
         else:
             convolve = torch.ops.annnet.pointwise_convolution if serves_convolution(x, x_weight, constant) else F.conv2d
             addend = convolve(x, x_weight, constant)
-            if not torch.compiler.is_exporting():  # what converts an exported program knows no writing in place
+            if not exporting():  # what converts an exported program knows no writing in place
                 logsumexp = torch.ops.annnet.asymmetric_attention_bn_relu_(y, *vectors, tokens, value, addend, scale)
                 return addend, logsumexp, pooled
         out, logsumexp = torch.ops.annnet.asymmetric_attention_bn_relu(y, *vectors, tokens, value, addend, scale)

@@ -24,6 +24,7 @@ from .. import native
 from ..autocast import autocast_dtype
 from ..backends import requested_backend
 from ..layouts import is_channels_last
+from ..tracers import exporting, jit_tracing
 from .functions import apply
 from .registration import register
 
@@ -124,8 +125,8 @@ def _can_serve(*operands: Tensor | None) -> bool:
         _HAS_KERNELS
         and all(x is None or (x.device.type == "cpu" and x.dtype == torch.float32) for x in operands)
         and autocast_dtype("cpu") is None
-        and not torch.compiler.is_exporting()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        and not exporting()
+        and not jit_tracing()
     )
 
 
