@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from attention_rule import assert_accurate, random_tokens
+from fresh import python
 from helpers import LAYOUTS, random_map, surrounded
 from torch import Tensor
 
@@ -79,10 +81,17 @@ def test_accuracy_of_unusual_scales(scale: float) -> None:
     assert_native_accurate((1, 16, 24, 9, 11, 30), torch.float32, scale=scale)
 
 
-def operands_of_odd_sizes(dtype: torch.dtype, layout: str = "nchw") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+CHANNELS = pytest.mark.parametrize("channels", [(21, 35), (24, 40)], ids=["packed", "in_place"])
+"""Of query and value: maps are read in place where these are multiples of the rows of a tile."""
+
+
+def operands_of_odd_sizes(
+    dtype: torch.dtype, layout: str = "nchw", channels: tuple[int, int] = (21, 35)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """query, key, value, grad_out."""
-    query, grad = random_map((2, 21, 31, 37), dtype, layout), random_map((2, 35, 31, 37), dtype, layout)
-    return query, random_tokens(2, 21, 43, dtype), random_tokens(2, 35, 43, dtype), grad
+    query, grad = (random_map((2, count, 31, 37), dtype, layout) for count in channels)
+    key, value = (random_tokens(2, count, 43, dtype) for count in channels)
+    return query, key, value, grad
 
 
 def forward_and_backward(
@@ -97,8 +106,9 @@ def forward_and_backward(
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bitwise_equal_for_any_number_of_threads(dtype: torch.dtype, layout: str) -> None:
-    operands = operands_of_odd_sizes(dtype, layout)
+@CHANNELS
+def test_bitwise_equal_for_any_number_of_threads(channels: tuple[int, int], dtype: torch.dtype, layout: str) -> None:
+    operands = operands_of_odd_sizes(dtype, layout, channels)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -112,9 +122,11 @@ def test_bitwise_equal_for_any_number_of_threads(dtype: torch.dtype, layout: str
             assert torch.equal(ours, first)
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("needs", tuple(itertools.product((True, False), repeat=3)), ids=str)
-def test_gradients_that_are_not_needed(needs: tuple[bool, ...]) -> None:
-    operands = operands_of_odd_sizes(torch.float32)
+@CHANNELS
+def test_gradients_that_are_not_needed(channels: tuple[int, int], needs: tuple[bool, ...], layout: str) -> None:
+    operands = operands_of_odd_sizes(torch.float32, layout, channels)
     wanted, everything = forward_and_backward(*operands, needs=needs), forward_and_backward(*operands)
     for needed, ours, full in zip(needs, wanted[2:], everything[2:], strict=True):
         assert torch.equal(ours, full) if needed else ours.shape == (0,)
@@ -123,8 +135,11 @@ def test_gradients_that_are_not_needed(needs: tuple[bool, ...]) -> None:
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_non_finite_pixel_spoils_only_its_own_output(dtype: torch.dtype, layout: str, bad: float) -> None:
-    query, key, value, grad = operands_of_odd_sizes(dtype, layout)
+@CHANNELS
+def test_non_finite_pixel_spoils_only_its_own_output(
+    channels: tuple[int, int], dtype: torch.dtype, layout: str, bad: float
+) -> None:
+    query, key, value, grad = operands_of_odd_sizes(dtype, layout, channels)
     clean_out, _, clean_dquery, *_ = forward_and_backward(query, key, value, grad)
     spoilt = query.clone()
     spoilt[1, 4, 7, 5] = bad
@@ -135,8 +150,46 @@ def test_non_finite_pixel_spoils_only_its_own_output(dtype: torch.dtype, layout:
         assert torch.equal(ours, clean)
 
 
-def test_logsumexp() -> None:
-    query, key, value, grad = operands_of_odd_sizes(torch.float32)
+GUARDED = """
+import ctypes, mmap, torch
+import annnet_kernels as ak
+
+def guarded(*shape):
+    count, page = torch.Size(shape).numel(), mmap.PAGESIZE
+    pages = -(-4 * count // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + pages * page), ctypes.c_size_t(page), 0) == 0
+    return torch.frombuffer(memory, dtype=torch.float32, offset=pages * page - 4 * count, count=count).view(shape)
+
+for maps in (lambda c: guarded(1, c, 31, 37), lambda c: guarded(1, 31, 37, c).permute(0, 3, 1, 2)):
+    query, key, value = maps(24).requires_grad_(), torch.randn(1, 24, 43), torch.randn(1, 40, 43)
+    with ak.use_backend("native"):
+        ak.asymmetric_attention(query, key.requires_grad_(), value.requires_grad_()).backward(maps(40))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects a page as Linux does")
+def test_reads_nothing_beyond_a_map_in_place() -> None:
+    """The maps end where a page begins that must not be read; the last block has parts of vectors and of tiles."""
+    run = python(GUARDED)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_reading_in_place_changes_no_bit(layout: str) -> None:
+    """Rows with a gap after them are packed."""
+    query, key, value, grad = operands_of_odd_sizes(torch.float32, layout, (24, 40))
+    with_gaps = [torch.cat([x, x], dim=3)[..., : x.shape[3]] for x in (query, grad)]
+    assert all(x.stride() != gaps.stride() for x, gaps in zip((query, grad), with_gaps, strict=True))
+    expected = forward_and_backward(with_gaps[0], key, value, with_gaps[1])
+    for ours, packed in zip(forward_and_backward(query, key, value, grad), expected, strict=True):
+        assert torch.equal(ours, packed)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_logsumexp(layout: str) -> None:
+    query, key, value, grad = operands_of_odd_sizes(torch.float32, layout)
     _, logsumexp, *_ = forward_and_backward(query, key, value, grad)
     truth = (query.double().flatten(2).transpose(1, 2) @ key.double() * 0.2).logsumexp(dim=2)
     torch.testing.assert_close(logsumexp.double(), truth, rtol=1e-6, atol=1e-6)
@@ -150,9 +203,10 @@ def test_batch_of_none() -> None:
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "transposed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_touches_nothing_beyond_its_tensors(dtype: torch.dtype, layout: str) -> None:
+@CHANNELS
+def test_touches_nothing_beyond_its_tensors(channels: tuple[int, int], dtype: torch.dtype, layout: str) -> None:
     """Inputs lie in memory full of NaN, outputs in memory that must not change."""
-    operands = operands_of_odd_sizes(dtype, layout)
+    operands = operands_of_odd_sizes(dtype, layout, channels)
     expected = forward_and_backward(*operands)
     query, key, value, grad = (surrounded(x, float("nan"))[0] for x in operands)
     outputs = [surrounded(torch.zeros_like(x), 7.0) for x in expected]

@@ -37,6 +37,11 @@ bool written_channels_last(const at::Tensor& x, const char* name) {
   return true;
 }
 
+// Whether dquery would be channels_last: the sums of the other gradients do not depend on whether it is asked for.
+bool is_channels_last(const at::Tensor& query) {
+  return query.stride(1) == 1 && query.stride(2) > 1 && query.stride(3) > 1;
+}
+
 void check_written_tokens(const at::Tensor& x, const at::Tensor& like, const char* name) {
   TORCH_CHECK_VALUE(x.sizes() == like.sizes() && x.transpose(1, 2).is_contiguous(), name,
                     ": expected token-major memory of shape ", like.sizes(), ", got shape ", x.sizes(), " and strides ",
@@ -119,7 +124,7 @@ void backward(const at::Tensor& grad_out, const at::Tensor& query, const PoolNor
   }
   if (needs[1]) check_written_tokens(dkey, key, "dkey");
   if (needs[2]) check_written_tokens(dvalue, value, "dvalue");
-  const bool channels_last = needs[0] && written_channels_last(dquery, "dquery");
+  const bool channels_last = needs[0] ? written_channels_last(dquery, "dquery") : is_channels_last(query);
   if (query.numel() == 0) {
     if (needs[1]) dkey.zero_();
     if (needs[2]) dvalue.zero_();

@@ -33,7 +33,7 @@ struct Attention {
   bool rectify;  // the query is `norm` of the map, rectified
   PoolNorm norm;
   PoolTokens key, value;
-  bool channels_last;  // of out and dquery, which are dense
+  bool channels_last;  // out and dquery, which are dense, and the order of the products
   char* packed;        // plan.packed_bytes per image
 
   // Forward

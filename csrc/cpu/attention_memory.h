@@ -88,11 +88,13 @@ struct Scratch {
     Arena arena{memory};
     chunk = arena.take<Element<T>>(kChunkElements<T>, 1);
     if (Operand<T>::kStep > 1) weights = arena.take<Element<T>>(operand_rows<T>(s.tokens), kBlockStride<T>);
-    const int64_t rows = round_up(s.tokens, kTileRows);
-    probabilities = arena.take<Acc<T>>(rows, kBlockStride<T>);
+    const int64_t by_token = round_up(s.tokens, kTileRows) * kBlockStride<T>;
+    const int64_t by_pixel = kBlock<T> * leading_dimension<T>(s.tokens);
+    const int64_t elements = by_token > by_pixel ? by_token : by_pixel;
+    probabilities = arena.take<Acc<T>>(elements, 1);
     if (backward) {
       weights_by_pixel = arena.take<Element<T>>(kBlock<T>, leading_dimension<T>(s.tokens));
-      logit_gradients = arena.take<Acc<T>>(rows, kBlockStride<T>);
+      logit_gradients = arena.take<Acc<T>>(elements, 1);
     }
     end = arena.next;
   }

@@ -1,4 +1,5 @@
-// Softmax over tokens and its gradient, in place, a vector of pixels at a time.
+// Softmax over tokens and its gradient, in place, of a block of weights: by token or by pixel, see
+// attention_products.h.
 #pragma once
 
 #include "pack.h"
@@ -19,20 +20,29 @@ ANNNET_INLINE V join_tokens(int64_t tokens, V start, const Term& term, const Joi
   return join(join(chains[0], chains[1]), join(chains[2], chains[3]));
 }
 
+constexpr auto add = [](auto a, auto b) { return a + b; };
+constexpr auto larger = [](auto a, auto b) { return b > a ? b : a; };
+
 // Σ_token term(token)
 template <class V, class Term>
 ANNNET_INLINE V sum_tokens(int64_t tokens, const Term& term) {
-  return join_tokens(tokens, V{}, term, [](V a, V b) { return a + b; });
+  return join_tokens(tokens, V{}, term, add);
+}
+
+template <class A>
+void store_logsumexp(A* target, Vec<A> largest, Vec<A> sum, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    target[i] = largest[i] + static_cast<A>(sizeof(A) == 4 ? logf(sum[i]) : log(sum[i]));
 }
 
 // In place: logits[token][pixel] become softmax(scale · logits) over the tokens. `logsumexp` may be null.
 template <class A>
-void softmax(A* logits, int64_t tokens, int64_t pixels, A scale, A* logsumexp) {
+void softmax_by_token(A* logits, int64_t tokens, int64_t pixels, A scale, A* logsumexp) {
   constexpr int64_t kStride = kBlockStride<A>;
   for (int64_t pixel = 0; pixel < pixels; pixel += kLanes<A>) {
     A* const column = logits + pixel;
     const auto scaled = [&](int64_t token) { return load(column + token * kStride) * scale; };
-    const Vec<A> largest = join_tokens(tokens, scaled(0), scaled, [](Vec<A> a, Vec<A> b) { return b > a ? b : a; });
+    const Vec<A> largest = join_tokens(tokens, scaled(0), scaled, larger);
     const Vec<A> sum = sum_tokens<Vec<A>>(tokens, [&](int64_t token) {
       const Vec<A> power = exponential(scaled(token) - largest);
       store(column + token * kStride, power);
@@ -41,15 +51,13 @@ void softmax(A* logits, int64_t tokens, int64_t pixels, A scale, A* logsumexp) {
     const Vec<A> factor = 1 / sum;
     for (int64_t token = 0; token < tokens; ++token)
       store(column + token * kStride, load(column + token * kStride) * factor);
-    if (logsumexp != nullptr)
-      for (int64_t i = 0; i < minimum(pixels - pixel, kLanes<A>); ++i)
-        logsumexp[pixel + i] = largest[i] + static_cast<A>(sizeof(A) == 4 ? logf(sum[i]) : log(sum[i]));
+    if (logsumexp != nullptr) store_logsumexp(logsumexp + pixel, largest, sum, minimum(pixels - pixel, kLanes<A>));
   }
 }
 
 // In place: `gradients` of the probabilities become scale times those of the logits.
 template <class A>
-void softmax_gradient(A* gradients, const A* probabilities, int64_t tokens, int64_t pixels, A scale) {
+void softmax_gradient_by_token(A* gradients, const A* probabilities, int64_t tokens, int64_t pixels, A scale) {
   constexpr int64_t kStride = kBlockStride<A>;
   for (int64_t pixel = 0; pixel < pixels; pixel += kLanes<A>) {
     A* const gradient = gradients + pixel;
@@ -60,6 +68,82 @@ void softmax_gradient(A* gradients, const A* probabilities, int64_t tokens, int6
       A* const place = gradient + token * kStride;
       store(place, load(probability + token * kStride) * (load(place) - mean) * scale);
     }
+  }
+}
+
+// A group of as many pixels as a vector has lanes: join(… join(start, part) …) over the parts that row(pixel) gives of
+// each pixel, one of `count` to a lane.
+template <class A, class Row, class Join>
+ANNNET_INLINE Vec<A> join_rows(int64_t count, Vec<A> start, const Row& row, const Join& join) {
+  Vec<A> parts[kLanes<A>];
+  for (int64_t i = 0; i < kLanes<A>; ++i) parts[i] = i < count ? row(i) : start;
+  transpose(parts);
+  return join_tokens(kLanes<A>, start, [&](int64_t i) { return parts[i]; }, join);
+}
+
+// In place: logits[pixel][token] become softmax(scale · logits) over the tokens. `logsumexp` may be null.
+template <class A>
+void softmax_by_pixel(A* logits, int64_t tokens, int64_t pixels, A scale, A* logsumexp) {
+  constexpr int64_t kWidth = kLanes<A>;
+  const int64_t stride = leading_dimension<A>(tokens);
+  A beyond[kWidth];  // added to the last vector: minus infinity where there is no token
+  for (int64_t lane = 0; lane < kWidth; ++lane)
+    beyond[lane] = tokens - (tokens - 1) / kWidth * kWidth > lane ? A{} : -static_cast<A>(INFINITY);
+  for (int64_t first = 0; first < pixels; first += kWidth) {
+    A* const rows = logits + first * stride;
+    const int64_t count = minimum(pixels - first, kWidth);
+    const auto scaled = [&](int64_t i, int64_t token) {
+      const Vec<A> logit = load(rows + i * stride + token) * scale;
+      return token + kWidth < tokens ? logit : logit + load(beyond);
+    };
+    const auto largest_part = [&](int64_t i) {
+      Vec<A> part = scaled(i, 0);
+      for (int64_t token = kWidth; token < tokens; token += kWidth) part = larger(part, scaled(i, token));
+      return part;
+    };
+    const Vec<A> largest = join_rows<A>(count, Vec<A>{} - static_cast<A>(INFINITY), largest_part, larger);
+    A of_pixel[kWidth];
+    store(of_pixel, largest);
+    const auto powers = [&](int64_t i) {
+      Vec<A> part = {};
+      for (int64_t token = 0; token < tokens; token += kWidth) {
+        const Vec<A> power = exponential(scaled(i, token) - broadcast<A>(of_pixel[i]));
+        store(rows + i * stride + token, power);
+        part += power;
+      }
+      return part;
+    };
+    const Vec<A> sum = join_rows<A>(count, Vec<A>{}, powers, add);
+    store(of_pixel, 1 / sum);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t token = 0; token < tokens; token += kWidth)
+        store(rows + i * stride + token, load(rows + i * stride + token) * of_pixel[i]);
+    if (logsumexp != nullptr) store_logsumexp(logsumexp + first, largest, sum, count);
+  }
+}
+
+// In place: `gradients` of the probabilities become scale times those of the logits.
+template <class A>
+void softmax_gradient_by_pixel(A* gradients, const A* probabilities, int64_t tokens, int64_t pixels, A scale) {
+  constexpr int64_t kWidth = kLanes<A>;
+  const int64_t stride = leading_dimension<A>(tokens);
+  for (int64_t first = 0; first < pixels; first += kWidth) {
+    A* const rows = gradients + first * stride;
+    const A* const weights = probabilities + first * stride;
+    const int64_t count = minimum(pixels - first, kWidth);
+    const auto products = [&](int64_t i) {
+      Vec<A> part = {};
+      for (int64_t token = 0; token < tokens; token += kWidth)
+        part += load(weights + i * stride + token) * load(rows + i * stride + token);
+      return part;
+    };
+    A mean[kWidth];
+    store(mean, join_rows<A>(count, Vec<A>{}, products, add));
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t token = 0; token < tokens; token += kWidth) {
+        A* const place = rows + i * stride + token;
+        store(place, load(weights + i * stride + token) * (load(place) - mean[i]) * scale);
+      }
   }
 }
 
