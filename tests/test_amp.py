@@ -86,7 +86,7 @@ def scaled_step(block, maps, weights, device, dtype, scale):
 def test_a_scaled_step_is_as_accurate_as_plain(kind, device, dtype):
     def run(seed):
         fused, plain = (block.to(device) for block in build(kind))
-        maps = [torch.randn(b, c, 2 * h, 2 * w, dtype=torch.float64, device=device) for b, c, h, w in MAPS[kind]]
+        maps = [torch.randn(b, c, 4 * h, 4 * w, dtype=torch.float64, device=device) for b, c, h, w in MAPS[kind]]
         weights = torch.randn(2, OUT, *maps[-1].shape[2:], dtype=torch.float64, device=device)
         truth = scaled_step(plain, maps, weights, device, None, 1.0)
         single = [x.float() for x in maps]
