@@ -44,6 +44,15 @@ def test_a_bad_median_is_judged_again_over_more_draws():
     assert_as_accurate_as_plain(lambda seed: run_with(next(draws))(seed), torch.float32)
 
 
+def test_a_comparison_with_what_is_not_finite_fails():
+    def run(seed):
+        ours, plain, truth = run_with(lambda x: x)(seed)
+        return ours, {"product": plain["product"] * torch.inf}, truth
+
+    with pytest.raises(AssertionError, match=r"product: median error .* plain inf"):
+        assert_as_accurate_as_plain(run, torch.float32)
+
+
 def test_relative_error_is_relative():
     truth = torch.full((3,), 1e-20, dtype=torch.float64)
     assert relative_error(truth * 1.5, truth) == pytest.approx(0.5)
