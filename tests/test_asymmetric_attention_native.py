@@ -132,6 +132,19 @@ def test_gradients_that_are_not_needed(channels: tuple[int, int], needs: tuple[b
         assert torch.equal(ours, full) if needed else ours.shape == (0,)
 
 
+@pytest.mark.parametrize("shape", [(3, 24, 1, 1), (1, 1, 5, 7)], ids=["one pixel", "one channel"])
+def test_gradients_that_are_not_needed_where_both_layouts_are_dense(shape: tuple[int, int, int, int]) -> None:
+    """The strides of channels_last, in which dquery is contiguous as well."""
+    batch, channels, height, width = shape
+    query = torch.randn(batch, height, width, channels + 3).permute(0, 3, 1, 2)[:, 3:]
+    grad = random_map((batch, 40, height, width), torch.float32, "channels_last")
+    key, value = random_tokens(batch, channels, 43, torch.float32), random_tokens(batch, 40, 43, torch.float32)
+    everything = forward_and_backward(query, key, value, grad)
+    wanted = forward_and_backward(query, key, value, grad, needs=(False, True, True))
+    assert torch.equal(wanted[3], everything[3])
+    assert torch.equal(wanted[4], everything[4])
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

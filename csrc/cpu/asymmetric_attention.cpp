@@ -37,9 +37,11 @@ bool written_channels_last(const at::Tensor& x, const char* name) {
   return true;
 }
 
-// Whether dquery would be channels_last: the sums of the other gradients do not depend on whether it is asked for.
+// Whether dquery, dense as the query, would be channels_last and not contiguous as well: the sums of the other
+// gradients do not depend on whether it is asked for.
 bool is_channels_last(const at::Tensor& query) {
-  return query.stride(1) == 1 && query.stride(2) > 1 && query.stride(3) > 1;
+  return query.stride(1) == 1 && query.stride(2) > 1 && query.stride(3) > 1 && query.size(1) > 1 &&
+         query.size(2) * query.size(3) > 1;
 }
 
 void check_written_tokens(const at::Tensor& x, const at::Tensor& like, const char* name) {
@@ -111,7 +113,7 @@ void forward(const at::Tensor& query, const PoolNorm* norm, const at::Tensor& ke
   call.run(call.args.sizes.batch * call.args.plan.blocks, call.kernel.forward);
 }
 
-// The probabilities are made again from queries and keys, as the forward made them.
+// The probabilities are made again from queries and keys.
 void backward(const at::Tensor& grad_out, const at::Tensor& query, const PoolNorm* norm, const at::Tensor& key,
               const at::Tensor& value, double scale, std::array<bool, 3> needs, const at::Tensor& dquery,
               const at::Tensor& dkey, const at::Tensor& dvalue) {

@@ -78,10 +78,10 @@ constexpr int64_t kChunkElements = kChunk * kBlockStride<T> > kBlock<T>* leading
 
 template <class T>
 struct Scratch {
-  Element<T>* chunk;              // channels of a map, by channel or by pixel
-  Element<T>* weights = nullptr;  // probabilities or logit gradients, by token
-  Element<T>* weights_by_pixel;   // backward only, as the next one
-  Acc<T>*probabilities, *logit_gradients;
+  Element<T>* chunk;                       // channels of a map, by channel or by pixel
+  Element<T>* weights = nullptr;           // probabilities or logit gradients, by token
+  Element<T>* weights_by_pixel;            // backward only
+  Acc<T>*probabilities, *logit_gradients;  // the second in the backward only
   char* end;
 
   Scratch(char* memory, const AttentionSizes& s, bool backward) {

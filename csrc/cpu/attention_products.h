@@ -2,10 +2,9 @@
 // channels (logits, and gradients of probabilities), over tokens (what maps get) and over pixels (what tokens get).
 //
 // Weights (logits, probabilities, their gradients) are held by token, a row per token and a column per pixel, or by
-// pixel, a row per pixel and a column per token. By token the vectors of all products but the last are of pixels, by
-// pixel they are of channels or tokens. So maps whose pixels are neighbours (NCHW) are served by token and those whose
-// channels are (channels_last) by pixel, and none is transposed: packing maps took 10 % of the time of the forward and
-// backward in channels_last. Operands that are pairs are always by token.
+// pixel, a row per pixel and a column per token. By token suits maps whose pixels are neighbours (NCHW), by pixel those
+// whose channels are (channels_last): a map that has the layout of the one that is written is not transposed, which
+// took 10 % of the time of the forward and backward in channels_last. Operands that are pairs are always by token.
 #pragma once
 
 #include "attention_memory.h"

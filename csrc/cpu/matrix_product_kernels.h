@@ -97,10 +97,13 @@ inline ToProduct panel_of_product(const MatrixProduct& args, int64_t image, int6
           .ahead = WriteAhead::of_rows(target, args.columns, columns, rows, 64)};
 }
 
-// `rows` rows of memory, `stride` apart, to be asked for within `steps` steps.
+// `rows` rows of memory, `stride` apart, to be asked for within `steps` steps, or as much of them as a line per step
+// is.
 inline ReadAhead ahead_within(int64_t steps, const float* data, int64_t stride, int64_t length, int64_t rows) {
-  const int64_t bytes = length * static_cast<int64_t>(sizeof(float)) * rows;
-  return ReadAhead::of_rows(data, stride, length, rows, bytes / steps + 1);
+  constexpr int64_t kLine = 64;
+  ReadAhead ahead = ReadAhead::of_rows(data, stride, length, rows, kLine);
+  ahead.step = minimum(kLine, ahead.bytes * rows / steps + 1);
+  return ahead;
 }
 
 // The `columns` columns of B at `data`; nothing where its elements are no neighbours.

@@ -20,13 +20,13 @@ ANNNET_INLINE V join_tokens(int64_t tokens, V start, const Term& term, const Joi
   return join(join(chains[0], chains[1]), join(chains[2], chains[3]));
 }
 
-constexpr auto add = [](auto a, auto b) { return a + b; };
+constexpr auto plus = [](auto a, auto b) { return a + b; };
 constexpr auto larger = [](auto a, auto b) { return b > a ? b : a; };
 
 // Σ_token term(token)
 template <class V, class Term>
 ANNNET_INLINE V sum_tokens(int64_t tokens, const Term& term) {
-  return join_tokens(tokens, V{}, term, add);
+  return join_tokens(tokens, V{}, term, plus);
 }
 
 template <class A>
@@ -113,7 +113,7 @@ void softmax_by_pixel(A* logits, int64_t tokens, int64_t pixels, A scale, A* log
       }
       return part;
     };
-    const Vec<A> sum = join_rows<A>(count, Vec<A>{}, powers, add);
+    const Vec<A> sum = join_rows<A>(count, Vec<A>{}, powers, plus);
     store(of_pixel, 1 / sum);
     for (int64_t i = 0; i < count; ++i)
       for (int64_t token = 0; token < tokens; token += kWidth)
@@ -138,7 +138,7 @@ void softmax_gradient_by_pixel(A* gradients, const A* probabilities, int64_t tok
       return part;
     };
     A mean[kWidth];
-    store(mean, join_rows<A>(count, Vec<A>{}, products, add));
+    store(mean, join_rows<A>(count, Vec<A>{}, products, plus));
     for (int64_t i = 0; i < count; ++i)
       for (int64_t token = 0; token < tokens; token += kWidth) {
         A* const place = rows + i * stride + token;
