@@ -9,8 +9,9 @@ import torch
 _WITHOUT = ("meta",)
 
 
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that operators are cast to, None where autocast is off."""
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that operators on the device of ``x`` are cast to, None where autocast is off."""
+    device_type = "cpu" if x.is_cpu else x.device.type  # the name takes 20 µs where nothing is in a cache
     if device_type in _WITHOUT or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)

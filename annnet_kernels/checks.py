@@ -151,7 +151,7 @@ def block_inputs(**inputs: tuple[object, torch.nn.Conv2d]) -> None:
         weight = next(conv.parameters()) if weight is None else weight  # reading .weight would run a parametrization
         if x.device != weight.device:
             raise ValueError(f"{name}: expected the device of the block's parameters, {weight.device}, got {x.device}")
-        if x.dtype != weight.dtype and autocast_dtype(x.device.type) is None:
+        if x.dtype != weight.dtype and autocast_dtype(x) is None:
             raise TypeError(f"{name}: expected the dtype of the block's parameters, {weight.dtype}, got {x.dtype}")
         if batch is not None and not jit_tracing() and x.shape[0] != batch[1]:
             raise ValueError(f"{name}: expected the batch of {batch[0]}, {batch[1]}, got {x.shape[0]}")

@@ -146,7 +146,7 @@ def _attention(query: Tensor, key: Tensor, scale: float, logsumexp: Tensor) -> T
 
 def _autocast(*operands: Tensor) -> tuple[Tensor, ...]:
     """The operands in the autocast dtype where autocast is on; float64 stays, as in PyTorch's own operators."""
-    dtype = autocast_dtype(operands[0].device.type)
+    dtype = autocast_dtype(operands[0])
     if dtype is None:
         return operands
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in operands)

@@ -315,7 +315,7 @@ def _facts(block: nn.Module, parts: Parts, maps: tuple[Tensor, ...]) -> dict[str
     reason = why_plain(parts)
     if reason is not None:
         raise ValueError(f"the block can no longer run on row shards, because of {reason}")
-    autocast = autocast_dtype(low.device.type)
+    autocast = autocast_dtype(low)
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (*maps, *block.parameters()))
     norms = [uses_batch_statistics(norm) for norm in (parts.key.norm, parts.query.norm, *parts.tail[:1])]
     values = (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,8 @@ from annnet_kernels.pyramid import POOL_SIZES
 from .cases import MODEL, Case
 from .counting import bytes_of
 from .features import Features, randomise
-from .providers import COPY, NON_LOCAL, Provider, template
+from .measure import Call
+from .providers import COPY, NON_LOCAL, FunctionModule, Provider, template
 
 Maps = tuple[Tensor, ...]
 MAX_ROTATION = 8
@@ -116,9 +117,11 @@ class Contestant:
                 if parameter.dim() == 4:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.module = module
-        self._call: Any = module
+        self._call: Any = module.function if isinstance(module, FunctionModule) else module
         if provider.compile is not None:
-            self._call = torch.compile(module, mode=provider.compile, fullgraph=True, dynamic=False)
+            self._call = torch.compile(self._call, mode=provider.compile, fullgraph=True, dynamic=False)
+        for context in self._contexts():
+            self._call = _within(context, self._call)
         self._upstream: list[Tensor] | None = None
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -128,18 +131,17 @@ class Contestant:
         if self.provider.folded:
             ak.fold_for_inference(self.module)
 
-    @contextmanager
-    def _context(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(ak.use_backend(self.provider.backend))
-            if self.case.autocast:
-                dtype = getattr(torch, self.case.dtype)
-                stack.enter_context(torch.autocast(self.problem.device.type, dtype))
-            yield
+    def _contexts(self) -> Iterator[AbstractContextManager[object]]:
+        """Those that a call needs, and no others, for they are timed with it."""
+        if self.provider.backend != ak.backends.requested_backend():
+            yield ak.use_backend(self.provider.backend)
+        if self.case.autocast:
+            yield torch.autocast(self.problem.device.type, getattr(torch, self.case.dtype))
+        if not self.differentiates:
+            yield torch.no_grad()
 
     def forward(self, inputs: Maps) -> Maps:
-        with self._context(), torch.set_grad_enabled(self.differentiates):
-            outputs = self._call(*inputs)
+        outputs = self._call(*inputs)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def leaves(self, inputs: Maps) -> dict[str, Tensor]:
@@ -147,13 +149,17 @@ class Contestant:
         maps = {f"input {i}": x for i, x in enumerate(inputs) if x.requires_grad}
         return {**maps, **dict(self.module.named_parameters())}
 
-    def step(self, inputs: Maps) -> tuple[Tensor | None, ...]:
+    def step(self, inputs: Maps) -> Call:
         """The timed call: forward, and in training the gradients of all leaves for a fixed upstream gradient."""
-        outputs = self.forward(inputs)
         if not self.differentiates:
-            return outputs
+            return partial(self.forward, inputs)
         leaves = list(self.leaves(inputs).values())
-        return torch.autograd.grad(outputs, leaves, self.upstream(outputs), allow_unused=True)
+
+        def forward_and_backward() -> tuple[Tensor | None, ...]:
+            outputs = self.forward(inputs)
+            return torch.autograd.grad(outputs, leaves, self.upstream(outputs), allow_unused=True)
+
+        return forward_and_backward
 
     def upstream(self, outputs: Maps) -> list[Tensor]:
         """The gradient of the outputs, drawn at the first call, in the strides of each contestant's own output."""
@@ -176,9 +182,17 @@ class Contestant:
                 results |= {n: b for n, b in self.module.named_buffers() if n.rsplit(".", 1)[-1] in STATISTICS}
         return results
 
-    def calls(self) -> list[Any]:
-        """One call of :meth:`step` per copy of the inputs."""
-        return [partial(self.step, self.problem.inputs(self.pooled, i)) for i in range(self.problem.rotation)]
+    def calls(self) -> list[Call]:
+        """One :meth:`step` per copy of the inputs."""
+        return [self.step(self.problem.inputs(self.pooled, i)) for i in range(self.problem.rotation)]
+
+
+def _within(context: AbstractContextManager[object], call: Callable[..., Any]) -> Callable[..., Any]:
+    def within(*arguments: Any) -> Any:
+        with context:
+            return call(*arguments)
+
+    return within
 
 
 STATISTICS = ("running_mean", "running_var")

@@ -60,7 +60,7 @@ class Provider:
     needs: Callable[[], object] | None = None
 
 
-class _Function(nn.Module):
+class FunctionModule(nn.Module):
     """A module without parameters around a function."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
@@ -107,7 +107,7 @@ def _mask_pool(case: Case) -> nn.Module:
     """Pooling as one product with a 0/1 matrix (exact in 16 bits), divided by the areas afterwards."""
     sizes = list(POOL_SIZES)
     mask = pooling_matrix(sizes, sizes, *case.size)
-    module = _Function(lambda x: (x.flatten(2) @ module.mask) * module.share)
+    module = FunctionModule(lambda x: (x.flatten(2) @ module.mask) * module.share)
     module.register_buffer("mask", (mask > 0).to(getattr(torch, case.dtype)), persistent=False)
     module.register_buffer("share", mask.amax(dim=0).to(getattr(torch, case.dtype)), persistent=False)
     return module
@@ -257,7 +257,7 @@ _MAX_AUTOTUNE = "max-autotune-no-cudagraphs"  # graphs would pool memory and hid
 
 
 def _function(function: Callable[..., Tensor]) -> Callable[[Case], nn.Module]:
-    return lambda case: _Function(function)
+    return lambda case: FunctionModule(function)
 
 
 _POOL = (

@@ -119,7 +119,7 @@ class CaseRun:
             contestant = Contestant(eager, self.problem)
             inputs = tuple(torch.empty_like(x, requires_grad=x.requires_grad) for x in originals)
             contestant.upstream(contestant.forward(inputs))
-            return lambda: contestant.step(inputs)
+            return contestant.step(inputs)
 
         row = {"name": provider.name, "family": provider.family, "compile": provider.compile, "status": OK}
         self.rows[provider.name] = row
@@ -207,7 +207,7 @@ class CaseRun:
         """Peak of the step above inputs and parameters; in training also what the forward keeps for the backward."""
         name, inputs = contestant.provider.name, self.problem.inputs(contestant.pooled)
         try:
-            self.rows[name]["peak_bytes"] = measure.memory_of(lambda: contestant.step(inputs), self.device).peak
+            self.rows[name]["peak_bytes"] = measure.memory_of(contestant.step(inputs), self.device).peak
             if contestant.differentiates:
                 outputs: list[torch.Tensor] = []
                 memory = measure.memory_of(lambda: outputs.extend(contestant.forward(inputs)), self.device)

@@ -5,12 +5,21 @@ import gc
 import pytest
 import torch
 
+from annnet_kernels import backends
+
 
 @pytest.fixture(autouse=True)
 def _fresh_seed(request):
     seed = torch.seed() % 2**31
     torch.manual_seed(seed)
     request.node.add_report_section("setup", "seed", f"torch.manual_seed({seed})")
+
+
+@pytest.fixture(autouse=True)
+def _choices_made_anew():
+    """A test may change what the choice of a backend depends on."""
+    yield
+    backends._preferred.cache_clear()
 
 
 @pytest.fixture(scope="module")

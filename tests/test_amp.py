@@ -5,6 +5,7 @@ small products of the collapse are float32.
 """
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import annnet_kernels as ak
+from annnet_kernels.autocast import autocast_dtype
 
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 PRECISIONS = [
@@ -160,3 +162,14 @@ def test_a_block_keeps_the_dtype_of_the_plain_block(kind):
     with torch.autocast("cpu", torch.bfloat16):
         assert fused(*maps).dtype == plain(*maps).dtype == torch.bfloat16
     assert all(b.dtype in (torch.float32, torch.int64) for b in fused.buffers())
+
+
+def test_autocast_of_a_device_that_is_not_here():
+    """PyTorch's quick answer, whether any autocast is on, leaves Metal's out."""
+    on_metal = SimpleNamespace(is_cpu=False, device=SimpleNamespace(type="mps"))
+    torch.set_autocast_enabled("mps", True)
+    try:
+        assert autocast_dtype(on_metal) == torch.get_autocast_dtype("mps")
+        assert autocast_dtype(torch.ones(1)) is None
+    finally:
+        torch.set_autocast_enabled("mps", False)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from benchmark_cases import AFNB, APNB, CPU, OURS, PLAIN, POOL, RandomFeatures, named, run_case
 
+import annnet_kernels as ak
+from annnet_kernels import native
 from benchmarks import cases, counting, measure, providers
 from benchmarks.features import Features
 from benchmarks.problem import Contestant, Problem
@@ -73,6 +75,13 @@ class TestMeasurement:
         assert len(Contestant(ours, problem).calls()) == problem.rotation
         pointers = {problem.inputs(True, i)[0].data_ptr() for i in range(problem.rotation)}
         assert len(pointers) == problem.rotation
+
+    @pytest.mark.skipif(native.why_not("cpu") is not None, reason="the C++ extension is not built")
+    def test_a_request_from_outside_does_not_change_who_is_timed(self):
+        (ours,) = named(POOL, OURS)
+        with ak.use_backend("reference"):
+            Contestant(ours, Problem(POOL, RandomFeatures())).calls()[0]()
+        assert ak.last_backend("pyramid_pool") == "native"
 
     def test_counting_runs_nothing(self):
         def build():

@@ -131,7 +131,9 @@ class TestCorrectnessComesFirst:
 class TestPeersThatFail:
     def test_out_of_memory_does_not_stop_the_run(self):
         def exhaust(case):
-            return providers._Function(lambda *maps: _raise(RuntimeError("[enforce fail] can't allocate memory: 1 TB")))
+            return providers.FunctionModule(
+                lambda *maps: _raise(RuntimeError("[enforce fail] can't allocate memory: 1 TB"))
+            )
 
         peer = providers.Provider("greedy", exhaust)
         rows = run_case(POOL, [*named(POOL, OURS, PLAIN), peer])
@@ -148,7 +150,7 @@ class TestPeersThatFail:
                     started.append(x)
                 return x.new_empty(2**45)
 
-            return providers._Function(enormous)
+            return providers.FunctionModule(enormous)
 
         case = replace(POOL, training=False)
         rows = run_case(case, [*named(case, OURS, PLAIN), providers.Provider("enormous", build)])
@@ -158,7 +160,7 @@ class TestPeersThatFail:
 
     def test_an_error_is_recorded(self):
         def build(case):
-            return providers._Function(lambda x: _raise(KeyError("no such thing")))
+            return providers.FunctionModule(lambda x: _raise(KeyError("no such thing")))
 
         rows = run_case(POOL, [*named(POOL, OURS, PLAIN), providers.Provider("broken", build)])
         assert rows["broken"]["status"] == FAILED
@@ -173,7 +175,7 @@ class TestPeersThatFail:
                 calls.append(x)
                 return ak.pyramid_pool(x) if len(calls) < 8 else _raise(RuntimeError("tired"))
 
-            return providers._Function(tired)
+            return providers.FunctionModule(tired)
 
         rows = run_case(POOL, [*named(POOL, OURS, PLAIN), providers.Provider("tired", build)])
         assert rows["tired"]["status"] == FAILED

@@ -119,12 +119,12 @@ _LEAST_PIXELS = 512
 """Of an image, for a convolution of ours: on smaller maps, in batches, the library's takes less time."""
 
 
-def _can_serve(*operands: Tensor | None) -> bool:
+def _can_serve(first: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels take these, as they are; what is exported keeps standard operators."""
     return (
         _HAS_KERNELS
-        and all(x is None or (x.device.type == "cpu" and x.dtype == torch.float32) for x in operands)
-        and autocast_dtype("cpu") is None
+        and all(x is None or (x.is_cpu and x.dtype == torch.float32) for x in (first, *others))
+        and autocast_dtype(first) is None
         and not exporting()
         and not jit_tracing()
     )

@@ -14,7 +14,7 @@ namespace annnet {
 
 namespace {
 
-constexpr int64_t kReducedTokens = 16;  // rows of sums that are worth a thread
+constexpr int64_t kReducedGroups = 4;  // groups of channels whose sums are worth a thread
 
 void check_operands(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
   ANNNET_CHECK_RANK(query, 4);
@@ -148,9 +148,9 @@ void backward(const at::Tensor& grad_out, const at::Tensor& query, const PoolNor
   const at::Tensor sums = scratch_memory(splits * args.plan.sums_bytes);
   args.sums = address(sums);
   call.run(splits, call.kernel.backward);
-  if (needs[1] || needs[2])
-    at::parallel_for(0, args.sizes.batch * args.sizes.tokens, kReducedTokens,
-                     [&](int64_t begin, int64_t end) { call.kernel.reduce(args, begin, end); });
+  const int64_t groups = needs[1] * args.plan.key_groups + needs[2] * args.plan.value_groups;
+  at::parallel_for(0, args.sizes.batch * groups, kReducedGroups,
+                   [&](int64_t begin, int64_t end) { call.kernel.reduce(args, begin, end); });
 }
 
 void asymmetric_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, double scale,

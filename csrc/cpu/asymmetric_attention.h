@@ -17,12 +17,13 @@ struct AttentionSizes {
 // How a call is cut into parallel pieces and what memory they need. A function of the sizes alone, so that a result
 // does not depend on the number of threads.
 struct AttentionPlan {
-  int64_t blocks;         // blocks of pixels of an image, the pieces of the forward
-  int64_t splits;         // runs of blocks, the pieces of the backward, each with sums of its own for dkey and dvalue
-  int64_t token_blocks;   // pieces of an image's tokens when they are packed
-  int64_t packed_bytes;   // keys and values of one image, packed
-  int64_t scratch_bytes;  // one thread's blocks
-  int64_t sums_bytes;     // one split's sums
+  int64_t blocks;        // blocks of pixels of an image, the pieces of the forward
+  int64_t splits;        // runs of blocks, the pieces of the backward, each with sums of its own for dkey and dvalue
+  int64_t token_blocks;  // pieces of an image's tokens when they are packed
+  int64_t key_groups, value_groups;  // pieces of an image's dkey and dvalue when the splits' sums are added up
+  int64_t packed_bytes;              // keys and values of one image, packed
+  int64_t scratch_bytes;             // one thread's blocks
+  int64_t sums_bytes;                // one split's sums
 };
 
 struct Attention {
@@ -57,7 +58,8 @@ struct AsymmetricAttentionKernels {
     void (*forward)(const Attention&, char* scratch, int64_t begin, int64_t end);
     // The splits from `begin` to `end` of all images'.
     void (*backward)(const Attention&, char* scratch, int64_t begin, int64_t end);
-    // dkey and dvalue of the tokens from `begin` to `end` of all images', from the splits' sums.
+    // dkey and dvalue from the splits' sums: the groups from `begin` to `end` of all images', of those that are
+    // needed.
     void (*reduce)(const Attention&, int64_t begin, int64_t end);
   } of_dtype[kDtypes];
 };

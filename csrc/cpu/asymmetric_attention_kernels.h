@@ -32,17 +32,19 @@ void pack_attention(const Attention& args, bool backward, int64_t begin, int64_t
 
 // Σ over the tokens is 1 afterwards, for every pixel.
 template <bool kByPixel, class T>
-void normalise(Acc<T>* logits, int64_t tokens, int64_t pixels, Acc<T> scale, Acc<T>* logsumexp) {
+void normalise(Acc<T>* logits, int64_t tokens, int64_t pixels, Acc<T> scale, Acc<T>* logsumexp,
+               const PixelRows<kByPixel, T>& rows) {
   if constexpr (kByPixel)
     softmax_by_pixel(logits, tokens, pixels, scale, logsumexp);
   else
-    softmax_by_token(logits, tokens, pixels, scale, logsumexp);
+    softmax_by_token(logits, tokens, pixels, scale, logsumexp, rows);
 }
 
 template <bool kByPixel, class T>
 void forward_blocks(const Attention& args, char* memory, int64_t begin, int64_t end) {
   const AttentionSizes& s = args.sizes;
   const Scratch<T> scratch(memory, s, false);
+  const Acc<T> scale = static_cast<Acc<T>>(args.scale);
   const bool add = args.addend.data != nullptr;
   Positions<T> query, addend;
   if (args.rectify) query.norm = &args.norm;
@@ -56,8 +58,8 @@ void forward_blocks(const Attention& args, char* memory, int64_t begin, int64_t 
       contract_channels<kByPixel>(begin, end, query.count, s.tokens, packed.key_by_channel, rows, scratch.probabilities,
                                   ahead);
     });
-    normalise<kByPixel, T>(scratch.probabilities, s.tokens, query.count, static_cast<Acc<T>>(args.scale),
-                           static_cast<Acc<T>*>(args.logsumexp) + block.image * s.pixels + block.pixels.begin);
+    Acc<T>* const logsumexp = static_cast<Acc<T>*>(args.logsumexp) + block.image * s.pixels + block.pixels.begin;
+    normalise<kByPixel, T>(scratch.probabilities, s.tokens, query.count, scale, logsumexp, {});
     if (add) set_pixels(addend, args.addend, s.width, block);
     contract_tokens<kByPixel, T>(args, args.out, s.value_channels, block, packed.value_by_token,
                                  as_operand<T>(scratch.probabilities, s.tokens, query.count, scratch.weights),
@@ -87,35 +89,35 @@ void backward_splits(const Attention& args, char* memory, int64_t begin, int64_t
         contract_channels<kByPixel>(begin, end, query.count, s.tokens, packed.key_by_channel, rows,
                                     scratch.probabilities, ahead);
       });
-      normalise<kByPixel, T>(scratch.probabilities, s.tokens, query.count, scale, nullptr);
-      const Element<T>* by_pixel = nullptr;
-      if (args.needs_value)
-        by_pixel = transposed<kByPixel, T>(scratch.probabilities, s.tokens, query.count, scratch.weights_by_pixel);
+      const PixelRows<kByPixel, T> probability_rows(scratch.probabilities, s.tokens, query.count,
+                                                    args.needs_value ? scratch.weights_by_pixel : nullptr);
+      normalise<kByPixel, T>(scratch.probabilities, s.tokens, query.count, scale, nullptr, probability_rows);
       for_chunks<kByPixel>(gradient, s.value_channels, scratch.chunk, [&](int64_t begin, int64_t end, MapRows<T> rows) {
         if (args.needs_query || args.needs_key)
           contract_channels<kByPixel>(begin, end, query.count, s.tokens, packed.value_by_channel, rows,
                                       scratch.logit_gradients, ahead);
         if (args.needs_value)
-          contract_pixels<kByPixel>(gradient, begin, end, s.tokens, by_pixel, rows, scratch.chunk, sums.dvalue,
-                                    number > first, ahead);
+          contract_pixels<kByPixel>(gradient, begin, end, s.tokens, probability_rows.data(), rows, scratch.chunk,
+                                    sums.dvalue, number > first, ahead);
       });
       if (!args.needs_query && !args.needs_key) continue;
+      const PixelRows<kByPixel, T> gradient_rows(scratch.logit_gradients, s.tokens, query.count,
+                                                 args.needs_key ? scratch.weights_by_pixel : nullptr);
       if constexpr (kByPixel)
         softmax_gradient_by_pixel(scratch.logit_gradients, scratch.probabilities, s.tokens, query.count, scale);
       else
-        softmax_gradient_by_token(scratch.logit_gradients, scratch.probabilities, s.tokens, query.count, scale);
+        softmax_gradient_by_token(scratch.logit_gradients, scratch.probabilities, s.tokens, query.count, scale,
+                                  gradient_rows);
       if (number < last) ahead = ahead_of<T>(args.query, s.key_channels, s.width, block_of<T>(args, number + 1));
+      if (args.needs_key)  // before the query's own gradient, while the query is near
+        for_chunks<kByPixel>(query, s.key_channels, scratch.chunk, [&](int64_t begin, int64_t end, MapRows<T> rows) {
+          contract_pixels<kByPixel>(query, begin, end, s.tokens, gradient_rows.data(), rows, scratch.chunk, sums.dkey,
+                                    number > first, ahead);
+        });
       if (args.needs_query)
         contract_tokens<kByPixel, T>(args, args.dquery, s.key_channels, block, packed.key_by_token,
                                      as_operand<T>(scratch.logit_gradients, s.tokens, query.count, scratch.weights),
                                      nullptr, ahead);
-      if (args.needs_key) {
-        by_pixel = transposed<kByPixel, T>(scratch.logit_gradients, s.tokens, query.count, scratch.weights_by_pixel);
-        for_chunks<kByPixel>(query, s.key_channels, scratch.chunk, [&](int64_t begin, int64_t end, MapRows<T> rows) {
-          contract_pixels<kByPixel>(query, begin, end, s.tokens, by_pixel, rows, scratch.chunk, sums.dkey,
-                                    number > first, ahead);
-        });
-      }
     }
   }
 }
@@ -134,36 +136,50 @@ void attention_backward(const Attention& args, char* scratch, int64_t begin, int
   backward_splits<false, T>(args, scratch, begin, end);
 }
 
-// target[token][channel] = Σ sums[channel][token] of the splits, in their order, for `count` ≤ lanes tokens.
+// target[token][channel] = Σ sums[channel][token] of the splits, in their order, for at most a vector of channels from
+// `channel` on. Eight vectors of a row of sums are read at a time (110 tokens are seven with AVX-512): one of each row,
+// a line here and there, took twice as long.
 template <class T>
-void reduce_tokens(const Acc<T>* sums, int64_t stride, const AttentionPlan& plan, int64_t channels, int64_t count,
-                   T* target) {
-  for (int64_t channel = 0; channel < channels; channel += kLanes<T>) {
-    Vec<T> square[kLanes<T>] = {};
-    for (int64_t i = 0; i < minimum(channels - channel, kLanes<T>); ++i)
-      for (int64_t split = 0; split < plan.splits; ++split) {
-        const char* const start = reinterpret_cast<const char*>(sums + (channel + i) * stride);
-        square[i] += load_lanes(reinterpret_cast<const Acc<T>*>(start + split * plan.sums_bytes), 1, count);
-      }
-    transpose(square);
-    for (int64_t i = 0; i < count; ++i) store_lanes(target + i * channels + channel, 1, square[i], channels - channel);
+void reduce_channels(const Acc<T>* sums, int64_t stride, const AttentionPlan& plan, int64_t tokens, int64_t channel,
+                     int64_t channels, T* target) {
+  constexpr int64_t kWidth = kLanes<T>, kVectors = 8;
+  const int64_t rows = minimum(channels - channel, kWidth);
+  for (int64_t begin = 0; begin < tokens; begin += kVectors * kWidth) {
+    const int64_t vectors = minimum(vectors_of<T>(tokens - begin), kVectors);
+    Vec<T> squares[kVectors][kWidth] = {};
+    for (int64_t split = 0; split < plan.splits; ++split)
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t v = 0; v < vectors; ++v) {
+          const Acc<T>* const first = sums + (channel + row) * stride + begin + v * kWidth;
+          const char* const place = reinterpret_cast<const char*>(first) + split * plan.sums_bytes;
+          __builtin_prefetch(place + plan.sums_bytes, 0, 3);
+          squares[v][row] += load(reinterpret_cast<const Acc<T>*>(place));
+        }
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t token = begin + v * kWidth;
+      transpose(squares[v]);
+      for (int64_t i = 0; i < minimum(tokens - token, kWidth); ++i)
+        store_lanes(target + (token + i) * channels + channel, 1, squares[v][i], rows);
+    }
   }
 }
 
 template <class T>
 void reduce_attention(const Attention& args, int64_t begin, int64_t end) {
   const AttentionSizes& s = args.sizes;
-  for (int64_t index = begin; index < end;) {
-    const int64_t image = index / s.tokens, token = index % s.tokens;
-    const int64_t count = minimum(minimum(s.tokens - token, end - index), kLanes<T>);
+  const int64_t key_groups = args.needs_key ? args.plan.key_groups : 0;
+  const int64_t groups = key_groups + (args.needs_value ? args.plan.value_groups : 0);
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t image = index / groups, group = index % groups;
     const Sums<T> sums(args.sums + image * args.plan.splits * args.plan.sums_bytes, s);
-    if (args.needs_key)
-      reduce_tokens(sums.dkey + token, sums.stride, args.plan, s.key_channels, count,
-                    static_cast<T*>(args.dkey) + index * s.key_channels);
-    if (args.needs_value)
-      reduce_tokens(sums.dvalue + token, sums.stride, args.plan, s.value_channels, count,
-                    static_cast<T*>(args.dvalue) + index * s.value_channels);
-    index += count;
+    const auto reduce = [&](const Acc<T>* part, int64_t group, int64_t channels, void* target) {
+      reduce_channels(part, sums.stride, args.plan, s.tokens, group * kLanes<T>, channels,
+                      static_cast<T*>(target) + image * s.tokens * channels);
+    };
+    if (group < key_groups)
+      reduce(sums.dkey, group, s.key_channels, args.dkey);
+    else
+      reduce(sums.dvalue, group - key_groups, s.value_channels, args.dvalue);
   }
 }
 

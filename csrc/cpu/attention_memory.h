@@ -18,7 +18,7 @@ struct Range {
 // Piece `index` of `pieces` nearly equal ones; all begin at whole vectors.
 template <class T>
 Range piece(int64_t count, int64_t pieces, int64_t index) {
-  const int64_t groups = (count + kLanes<T> - 1) / kLanes<T>;
+  const int64_t groups = vectors_of<T>(count);
   const int64_t begin = groups * index / pieces * kLanes<T>, end = groups * (index + 1) / pieces * kLanes<T>;
   return {begin, minimum(end, count)};
 }
@@ -117,8 +117,9 @@ struct Sums {
 
 template <class T>
 AttentionPlan plan_attention(const AttentionSizes& s, bool backward) {
+  // An even number of blocks: of 99, one of two threads would have 2 % more than the other.
+  const int64_t enough = blocks_of<T>(s.pixels), blocks = enough > 1 ? round_up(enough, 2) : enough;
   // A split is whole blocks, and its sums cost as much memory traffic as `tokens` pixels.
-  const int64_t blocks = blocks_of<T>(s.pixels);
   int64_t splits = 1;
   while (splits < kMostSplits && splits * s.batch < kBatchedSplits && 2 * splits <= blocks &&
          2 * splits * s.tokens <= s.pixels)
@@ -126,6 +127,8 @@ AttentionPlan plan_attention(const AttentionSizes& s, bool backward) {
   return {.blocks = blocks,
           .splits = splits,
           .token_blocks = blocks_of<T>(s.tokens),
+          .key_groups = vectors_of<T>(s.key_channels),
+          .value_groups = vectors_of<T>(s.value_channels),
           .packed_bytes = PackedTokens<T>(nullptr, s, backward).end - static_cast<char*>(nullptr),
           .scratch_bytes = Scratch<T>(nullptr, s, backward).end - static_cast<char*>(nullptr),
           .sums_bytes = Sums<T>(nullptr, s).end - static_cast<char*>(nullptr)};

@@ -132,13 +132,12 @@ struct ToMap {
   const Positions<T>* addend;
   WriteAhead ahead = {};
 
-  ToMap(T* target, int64_t stride, int64_t rows, int64_t columns, const Positions<T>* addend)
-      : target(target), stride(stride), rows(rows), columns(columns), addend(addend) {
-    // In NCHW a tile is short pieces of rows far apart. In channels_last, whole lines, this gains only where an addend
-    // is read there: 4.9 instead of 5.4 ms for 512 channels.
-    if (kChannelRows || addend != nullptr) ahead = WriteAhead::of_rows(target, stride, columns, rows, 64);
+  // In NCHW a tile is short pieces of rows far apart. In channels_last, whole lines, this gains only where an addend is
+  // read there.
+  ANNNET_INLINE void begin(int64_t column, int64_t count) {
+    if (kChannelRows || addend != nullptr)
+      ahead = WriteAhead::of_rows(target + column, stride, minimum(count, columns - column), rows, 64);
   }
-
   ANNNET_INLINE void expect() { ahead.advance(); }
   ANNNET_INLINE void operator()(int64_t row, int64_t column, Vec<T> value) const {
     if (row >= rows) return;
@@ -154,7 +153,7 @@ void contract_tokens(const Attention& args, void* map, int64_t channels, Block b
   const AttentionSizes& s = args.sizes;
   const int64_t stride = leading_dimension<T>(channels), count = block.pixels.end - block.pixels.begin;
   T* const target = static_cast<T*>(map) + block.image * s.pixels * channels;
-  if (args.channels_last) {
+  if (kByPixel || args.channels_last) {
     const ToMap<false, T> sink{target + block.pixels.begin * channels, channels, count, channels, addend};
     if constexpr (kByPixel)
       multiply<T>(count, channels, s.tokens, ByRow<T>{weights, leading_dimension<T>(s.tokens)}, by_token, stride, sink,
@@ -199,17 +198,31 @@ const Element<T>* as_operand(const Acc<T>* weights, int64_t tokens, int64_t pixe
   }
 }
 
-// The operand with k = pixel of weights.
+// The operand with k = pixel of a block's weights: themselves, or where they are by token a copy, for which every group
+// of pixels is taken over, by a call, while it is in the first cache. Where `copy` is null, no operand is asked for.
 template <bool kByPixel, class T>
-const Element<T>* transposed(const Acc<T>* weights, int64_t tokens, int64_t pixels, Element<T>* target) {
-  if constexpr (kByPixel) {
-    return weights;
-  } else {
-    Positions<Acc<T>> buffer;
-    set_buffer(buffer, weights, pixels);
-    pack_positions<T>(buffer, 0, tokens, target, leading_dimension<T>(tokens));
-    return target;
+struct PixelRows {
+  const Acc<T>* weights = nullptr;
+  int64_t tokens = 0;
+  Element<T>* copy = nullptr;
+  Positions<Acc<T>> by_token;
+
+  PixelRows() = default;
+  PixelRows(const Acc<T>* weights, int64_t tokens, int64_t pixels, Element<T>* copy)
+      : weights(weights), tokens(tokens), copy(copy) {
+    if (!kByPixel && copy != nullptr) set_buffer(by_token, weights, pixels);
   }
-}
+
+  void operator()(int64_t group) const {
+    if (copy != nullptr) pack_group<T>(by_token, group, 0, tokens, copy, leading_dimension<T>(tokens));
+  }
+
+  const Element<T>* data() const {
+    if constexpr (kByPixel)
+      return weights;
+    else
+      return copy;
+  }
+};
 
 }  // namespace annnet::ANNNET_LEVEL

@@ -31,7 +31,7 @@ inline MatrixProductPlan plan_product(const MatrixProduct& args, int64_t threads
   plan.scratch_floats = args.depth * leading_dimension<float>(part_columns(args.depth));
   // Pieces of rows pack all of B each, pieces of columns read all of A.
   const int64_t pieces = args.images % threads == 0 ? 1 : threads;
-  const int64_t vectors = (args.columns + kLanes<float> - 1) / kLanes<float>;
+  const int64_t vectors = vectors_of<float>(args.columns);
   const int64_t most = args.rows > 2 * args.columns ? 1 : vectors / kLeastVectors;
   plan.column_pieces = most < 1 ? 1 : minimum(pieces, most);
   plan.row_pieces = minimum((pieces + plan.column_pieces - 1) / plan.column_pieces, plan.panels);
@@ -74,6 +74,7 @@ struct ToProduct {
   bool add;
   WriteAhead ahead;
 
+  ANNNET_INLINE void begin(int64_t, int64_t) const {}
   ANNNET_INLINE void expect() { ahead.advance(); }
   ANNNET_INLINE void operator()(int64_t row, int64_t column, FloatVector value) const {
     if (row >= rows) return;
@@ -128,7 +129,7 @@ inline void pack_part(const MatrixProduct& args, const float* b, int64_t columns
 inline void multiply_product(const MatrixProduct& args, float* scratch, int64_t begin, int64_t end) {
   const MatrixProductPlan& plan = args.plan;
   const int64_t pieces = plan.row_pieces * plan.column_pieces, direct = plan.panels - plan.packed_panels;
-  const int64_t vectors = (args.columns + kLanes<float> - 1) / kLanes<float>, width = part_columns(args.depth);
+  const int64_t vectors = vectors_of<float>(args.columns), width = part_columns(args.depth);
   for (int64_t index = begin; index < end; ++index) {
     const int64_t image = index / pieces, row_piece = index % plan.row_pieces;
     const int64_t column_piece = index % pieces / plan.row_pieces;

@@ -35,8 +35,10 @@ struct Operand<BFloat16> {
 template <class T>
 using Element = typename Operand<T>::Element;
 
-// The tile fills the registers: 24 accumulators of 32 registers with AVX-512, 12 or 8 of 16 below.
+// The tile fills the registers: 24 accumulators of 32 registers with AVX-512, 12 or 8 of 16 below. The last tile of a
+// column may have fewer rows: 110 tokens are 13 tiles of 8 and one of 6.
 constexpr int kTileRows = kVectorBytes == 64 ? 8 : 4;
+constexpr int kLastRows = kTileRows - 2;
 constexpr int kTileVectors = kVectorBytes >= 32 ? 3 : 2;
 
 // Elements from one k to the next: an odd number of cache lines, so that a column of an operand spreads over the sets
@@ -45,6 +47,12 @@ template <class T>
 constexpr int64_t leading_dimension(int64_t columns) {
   constexpr int64_t kLine = 64 / sizeof(Acc<T>);
   return ((columns + kLine - 1) / kLine | 1) * kLine;
+}
+
+// The vectors that `count` elements fill.
+template <class T>
+constexpr int64_t vectors_of(int64_t count) {
+  return (count + kLanes<T> - 1) / kLanes<T>;
 }
 
 inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -69,14 +77,14 @@ struct ByRow {
   ANNNET_INLINE void next() { ++data; }
 };
 
-template <class T, int kVectors, class A, class Sink>
+template <class T, int kRows, int kVectors, class A, class Sink>
 ANNNET_INLINE void tile(int64_t depth, A a, const Element<T>* b, int64_t ldb, Sink& sink, int64_t row, int64_t column,
                         ReadAhead& ahead) {
-  Vec<T> sum[kTileRows][kVectors] = {};
+  Vec<T> sum[kRows][kVectors] = {};
   ReadAhead next = ahead;
   for (int64_t k = 0; k < depth; k += Operand<T>::kStep, a.next(), b += ldb) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kTileRows; ++i)
+    for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) sum[i][j] = Operand<T>::multiply_add(a[i], b + j * kLanes<T>, sum[i][j]);
     next.advance();
@@ -84,7 +92,7 @@ ANNNET_INLINE void tile(int64_t depth, A a, const Element<T>* b, int64_t ldb, Si
   }
   ahead = next;
 #pragma GCC unroll 8
-  for (int i = 0; i < kTileRows; ++i)
+  for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) sink(row + i, column + j * kLanes<T>, sum[i][j]);
 }
@@ -104,41 +112,51 @@ struct Runs {
 // A tile of any depth, in runs of at most kRun: one run of 1024 terms would have twice the error.
 constexpr int64_t kRun = 128;
 
-template <class T, int kVectors, class A, class Sink>
+template <class T, int kRows, int kVectors, class A, class Sink>
 ANNNET_INLINE void deep_tile(int64_t depth, const A& a, const Element<T>* b, int64_t ldb, Sink& sink, int64_t row,
                              int64_t column, ReadAhead& ahead) {
   b += column;
-  if (depth <= kRun) return tile<T, kVectors>(depth, a.at(row, 0), b, ldb, sink, row, column, ahead);
-  Vec<T> total[kTileRows][kVectors] = {};
+  if (depth <= kRun) return tile<T, kRows, kVectors>(depth, a.at(row, 0), b, ldb, sink, row, column, ahead);
+  Vec<T> total[kRows][kVectors] = {};
   const Runs<T, kVectors, Sink> runs{total, &sink};
   for (int64_t begin = 0; begin < depth; begin += kRun) {
     const int64_t step = begin / Operand<T>::kStep;
-    tile<T, kVectors>(minimum(kRun, depth - begin), a.at(row, step), b + step * ldb, ldb, runs, 0, 0, ahead);
+    tile<T, kRows, kVectors>(minimum(kRun, depth - begin), a.at(row, step), b + step * ldb, ldb, runs, 0, 0, ahead);
   }
-  for (int i = 0; i < kTileRows; ++i)
+  for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kVectors; ++j) sink(row + i, column + j * kLanes<T>, total[i][j]);
 }
 
-// Hands every vector of C to sink(row, column, vector). Rows come in whole tiles and columns in whole vectors, so
-// the sink also gets what lies beyond `rows` and `columns`: values without meaning. At every step `ahead` asks for
-// memory, and so may the sink in expect(). The sink is copied: kept where the caller has it, its members would be read
-// anew at every vector, which took 3 % of the attention's time.
+// The tiles of kVectors vectors from `column` on.
+template <class T, int kVectors, class A, class Sink>
+ANNNET_INLINE void column_of_tiles(int64_t rows, int64_t depth, const A& a, const Element<T>* b, int64_t ldb,
+                                   Sink& sink, int64_t column, ReadAhead& ahead) {
+  sink.begin(column, kVectors * kLanes<T>);
+  int64_t row = 0;
+  for (; rows - row > kLastRows; row += kTileRows)
+    deep_tile<T, kTileRows, kVectors>(depth, a, b, ldb, sink, row, column, ahead);
+  if (row < rows) deep_tile<T, kLastRows, kVectors>(depth, a, b, ldb, sink, row, column, ahead);
+}
+
+// Hands every vector of C to sink(row, column, vector). Rows come in tiles and columns in whole vectors, so the sink
+// also gets what lies beyond `rows` and `columns`: values without meaning. At every step `ahead` asks for memory, and
+// so may the sink in expect(), for the columns named in begin(): all their rows come before the next. The sink is
+// copied: kept where the caller has it, its members would be read anew at every vector, which took 3 % of the
+// attention's time.
 template <class T, class A, class Sink>
 inline void multiply(int64_t rows, int64_t columns, int64_t depth, const A& a, const Element<T>* b, int64_t ldb,
                      const Sink& into, ReadAhead& ahead) {
   Sink sink = into;
-  int64_t vectors = (columns + kLanes<T> - 1) / kLanes<T>, column = 0;
+  int64_t vectors = vectors_of<T>(columns), column = 0;
   while (vectors > 0) {
     // Four are two and two: a tile of one vector has too few sums to keep the multipliers busy.
     const int64_t wide = vectors == kTileVectors + 1 ? minimum(2, kTileVectors) : minimum(vectors, kTileVectors);
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-      if (wide == kTileVectors)
-        deep_tile<T, kTileVectors>(depth, a, b, ldb, sink, row, column, ahead);
-      else if (wide == 2)
-        deep_tile<T, 2>(depth, a, b, ldb, sink, row, column, ahead);
-      else
-        deep_tile<T, 1>(depth, a, b, ldb, sink, row, column, ahead);
-    }
+    if (wide == kTileVectors)
+      column_of_tiles<T, kTileVectors>(rows, depth, a, b, ldb, sink, column, ahead);
+    else if (wide == 2)
+      column_of_tiles<T, 2>(rows, depth, a, b, ldb, sink, column, ahead);
+    else
+      column_of_tiles<T, 1>(rows, depth, a, b, ldb, sink, column, ahead);
     vectors -= wide;
     column += wide * kLanes<T>;
   }
@@ -150,6 +168,7 @@ struct ToBuffer {
   Acc<T>* target;
   int64_t stride;
   bool add;
+  ANNNET_INLINE void begin(int64_t, int64_t) const {}
   ANNNET_INLINE void expect() const {}
   ANNNET_INLINE void operator()(int64_t row, int64_t column, Vec<T> value) const {
     Acc<T>* place = target + row * stride + column;

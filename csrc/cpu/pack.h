@@ -136,16 +136,23 @@ inline void pack_channels(const Positions<S>& source, int64_t begin, int64_t end
     }
 }
 
+// One group of positions of the operand below.
+template <class T, class S>
+inline void pack_group(const Positions<S>& source, int64_t group, int64_t begin, int64_t end, Element<T>* target,
+                       int64_t stride) {
+  for (int64_t channel = begin; channel < end; channel += kLanes<T>) {
+    Vec<T> rows[kLanes<T>];
+    load_block<false>(source, channel, end, group, rows);
+    store_rows<T>(target + group * kLanes<T> / Operand<T>::kStep * stride + (channel - begin), stride, rows,
+                  source.count - group * kLanes<T>);
+  }
+}
+
 // Operand of elements T with k = position: target[position][channel - begin].
 template <class T, class S>
 inline void pack_positions(const Positions<S>& source, int64_t begin, int64_t end, Element<T>* target, int64_t stride) {
   for (int64_t group = 0; group * kLanes<T> < source.count; ++group)
-    for (int64_t channel = begin; channel < end; channel += kLanes<T>) {
-      Vec<T> rows[kLanes<T>];
-      load_block<false>(source, channel, end, group, rows);
-      store_rows<T>(target + group * kLanes<T> / Operand<T>::kStep * stride + (channel - begin), stride, rows,
-                    source.count - group * kLanes<T>);
-    }
+    pack_group<T>(source, group, begin, end, target, stride);
 }
 
 }  // namespace annnet::ANNNET_LEVEL

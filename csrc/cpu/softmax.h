@@ -35,9 +35,10 @@ void store_logsumexp(A* target, Vec<A> largest, Vec<A> sum, int64_t count) {
     target[i] = largest[i] + static_cast<A>(sizeof(A) == 4 ? logf(sum[i]) : log(sum[i]));
 }
 
-// In place: logits[token][pixel] become softmax(scale · logits) over the tokens. `logsumexp` may be null.
-template <class A>
-void softmax_by_token(A* logits, int64_t tokens, int64_t pixels, A scale, A* logsumexp) {
+// In place: logits[token][pixel] become softmax(scale · logits) over the tokens. `logsumexp` may be null. done(group)
+// is called while the weights of a group of pixels, a vector's, are in the first cache.
+template <class A, class Done>
+void softmax_by_token(A* logits, int64_t tokens, int64_t pixels, A scale, A* logsumexp, const Done& done) {
   constexpr int64_t kStride = kBlockStride<A>;
   for (int64_t pixel = 0; pixel < pixels; pixel += kLanes<A>) {
     A* const column = logits + pixel;
@@ -52,12 +53,14 @@ void softmax_by_token(A* logits, int64_t tokens, int64_t pixels, A scale, A* log
     for (int64_t token = 0; token < tokens; ++token)
       store(column + token * kStride, load(column + token * kStride) * factor);
     if (logsumexp != nullptr) store_logsumexp(logsumexp + pixel, largest, sum, minimum(pixels - pixel, kLanes<A>));
+    done(pixel / kLanes<A>);
   }
 }
 
-// In place: `gradients` of the probabilities become scale times those of the logits.
-template <class A>
-void softmax_gradient_by_token(A* gradients, const A* probabilities, int64_t tokens, int64_t pixels, A scale) {
+// In place: `gradients` of the probabilities become scale times those of the logits. done(group) as above.
+template <class A, class Done>
+void softmax_gradient_by_token(A* gradients, const A* probabilities, int64_t tokens, int64_t pixels, A scale,
+                               const Done& done) {
   constexpr int64_t kStride = kBlockStride<A>;
   for (int64_t pixel = 0; pixel < pixels; pixel += kLanes<A>) {
     A* const gradient = gradients + pixel;
@@ -68,6 +71,7 @@ void softmax_gradient_by_token(A* gradients, const A* probabilities, int64_t tok
       A* const place = gradient + token * kStride;
       store(place, load(probability + token * kStride) * (load(place) - mean) * scale);
     }
+    done(pixel / kLanes<A>);
   }
 }
 

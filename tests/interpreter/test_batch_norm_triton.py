@@ -60,7 +60,7 @@ def test_accuracy_of_what_may_be_absent(absent, layout):
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("ratio", [5, 20, 1000])
 def test_accuracy_far_from_zero(ratio, layout):
-    shape, relu = (2, 4, 33, 40), ratio < 1000
+    shape, relu = (2, 64, 9, 12), ratio < 1000  # so many channels that single draws do not scatter
     assert_tail_accurate(
         shape, torch.float32, "triton", layout, layout, relu=relu, offset=ratio, device=DEVICE, seeds=SEEDS
     )
