@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import annnet_kernels as ak
 from benchmarks import accuracy, providers, verify
+from benchmarks.cases import KEY_CHANNELS
 from benchmarks.runner import FAILED, NO_TIME, OK, OUT_OF_MEMORY, WRONG, Options, Pace
 
 pytestmark = pytest.mark.usefixtures("one_thread", "frozen_imports")
@@ -111,6 +112,19 @@ class TestCorrectnessComesFirst:
         assert not verify._judge(verify.FACTOR, {"output 0": 1.7e-6}, baseline, case, 5).right
         assert verify._judge(verify.FACTOR, {"output 0": 1.5e-6}, baseline, case, 5).right
         assert verify._judge(verify.PEER_FACTOR, {"output 0": 1.7e-6}, baseline, case, 5).right
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_values_that_switch_by_chance_are_no_error(self, dtype):
+        """Medians of five runs, plain's and ours, that switch other values; and a gradient that is wrong."""
+        case = replace(APNB, size=(97, 97), dtype=dtype, training=True)
+        values = 97 * 97 * KEY_CHANNELS
+        expected = torch.tensor(values * 4 * torch.finfo(getattr(torch, dtype)).eps)
+        switched = torch.poisson(expected.expand(100, 2, 5)).median(dim=2).values
+        for plain, ours in (2 * switched / values).sqrt().tolist():
+            found, baseline = {"gradient of bias": ours}, {"gradient of bias": plain}
+            assert verify._judge(verify.FACTOR, found, baseline, case, 5).right, (plain, ours)
+            wrong = {"gradient of bias": 3 * plain + 3e-3}
+            assert not verify._judge(verify.FACTOR, wrong, baseline, case, 5).right, plain
 
     def test_truth_shrinks_until_it_fits(self, monkeypatch):
         sizes = []
