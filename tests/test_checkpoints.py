@@ -1,96 +1,31 @@
-"""Checkpoints of every code base into our blocks and back; names are written out here, not taken from the package."""
+"""Checkpoints of every code base into our blocks and back."""
 
-import os
-import pickle
 import re
-from collections import OrderedDict
 
 import numpy as np
 import published
 import pytest
 import torch
+from checkpoint_states import (
+    CONTAINERS,
+    PADDLE_FUSION,
+    PADDLE_HEAD,
+    PADDLE_PYRAMID,
+    assert_same,
+    changed,
+    net,
+    paddle_state,
+    randomised,
+    save,
+    save_paddle,
+    unchanged,
+    without,
+)
 from test_model import TinyBackbone
 from torch import nn
 
 import annnet_kernels as ak
 from annnet_kernels.reference import PlainAPNB
-
-WIDTHS = {"channels": 6, "key_channels": 5, "value_channels": 5, "dropout": 0.0}
-
-# This package's keys and PaddleSeg's, part by part, of a fusion block.
-PADDLE_FUSION = {
-    "stages.0.f_key.0": "stages.0.f_key._conv",
-    "stages.0.f_key.1.0": "stages.0.f_key._batch_norm",
-    "stages.0.f_query.0": "stages.0.f_query._conv",
-    "stages.0.f_query.1.0": "stages.0.f_query._batch_norm",
-    "stages.0.f_value": "stages.0.f_value",
-    "stages.0.W": "stages.0.W",
-    "conv_bn_dropout.0": "conv_bn._conv",
-    "conv_bn_dropout.1": "conv_bn._batch_norm",
-}
-PADDLE_PYRAMID = {key.replace("dropout.1", "dropout.1.0"): value for key, value in PADDLE_FUSION.items()}
-PADDLE_HEAD = {
-    **{f"fusion.{key}": f"head.fusion.{value}" for key, value in PADDLE_FUSION.items()},
-    **{f"context.2.{key}": f"head.context.1.{value}" for key, value in PADDLE_PYRAMID.items()},
-    "context.0": "head.context.0._conv",
-    "context.1.0": "head.context.0._batch_norm",
-    "cls": "head.cls",
-    "dsn.0": "head.auxlayer.conv_bn_relu._conv",
-    "dsn.1.0": "head.auxlayer.conv_bn_relu._batch_norm",
-    "dsn.3": "head.auxlayer.conv",
-}
-PADDLE_TENSORS = {"running_mean": "_mean", "running_var": "_variance"}
-
-
-def randomised(module):
-    """Every parameter and running statistic random."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(std=0.5)
-        for name, buffer in module.named_buffers():
-            if name.endswith("running_mean"):
-                buffer.normal_()
-            elif name.endswith("running_var"):
-                buffer.uniform_(0.5, 2.0)
-    return module
-
-
-def net(aux=True, classes=4):
-    return randomised(ak.ANNNet(classes, TinyBackbone(), aux=aux, **WIDTHS))
-
-
-def paddle_state(state, parts):
-    """What PaddleSeg would have saved."""
-    arrays = {}
-    for key, tensor in state.items():
-        part, _, name = key.rpartition(".")
-        if part in parts and name != "num_batches_tracked":
-            arrays[f"{parts[part]}.{PADDLE_TENSORS.get(name, name)}"] = tensor.numpy()
-    return arrays
-
-
-def save_paddle(arrays, path, protocol=4):
-    path.write_bytes(pickle.dumps(arrays | {"StructuredToParameterName@@": {k: k for k in arrays}}, protocol))
-    return path
-
-
-def save(content, path):
-    torch.save(content, path)
-    return path
-
-
-def assert_same(got, expected, skip=()):
-    assert got.keys() == expected.keys()
-    for key, tensor in expected.items():
-        if not key.endswith(skip):
-            torch.testing.assert_close(got[key], tensor, rtol=0, atol=0, msg=key)
-
-
-def unchanged(module):
-    """A check, to be made later, that nothing of ``module`` changed."""
-    before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
-    return lambda: assert_same(module.state_dict(), before)
-
 
 BLOCKS = {
     "fusion": (lambda: ak.AFNB(8, 12, 12, 5, 5, 0.0), lambda: published.AFNB(8, 12, 12, 5, 5, 0.0)),
@@ -110,15 +45,6 @@ def maps_for(block):
     query = block.stages[0].f_query[0]
     low, high = torch.randn(2, block.stages[0].f_value.in_channels, 9, 8), torch.randn(2, query.in_channels, 9, 8)
     return [high] if isinstance(block, PlainAPNB) else [low, high]
-
-
-CONTAINERS = {
-    "bare": lambda state: state,
-    "state_dict": lambda state: {"config_dict": {"lr": 0.1}, "state_dict": state},
-    "model": lambda state: {"epoch": 3, "model": state},
-    "module.": lambda state: {"state_dict": OrderedDict((f"module.{key}", x) for key, x in state.items())},
-    "compiled": lambda state: {f"_orig_mod.module.{key}": x for key, x in state.items()},
-}
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -238,10 +164,6 @@ def test_a_part_that_only_the_models_head_has_is_reported_and_strictly_refused(t
         ak.load_checkpoint(target, file, strict=True)
 
 
-def without(state, prefix):
-    return {key: tensor for key, tensor in state.items() if not key.startswith(prefix)}
-
-
 @pytest.mark.parametrize("dropped", ["stages.0.f_query", "stages.0.f_key"])
 def test_one_copy_of_a_shared_projection_is_enough(dropped, tmp_path):
     source, target = randomised(ak.APNB(6, 6, 5, 5)), randomised(ak.APNB(6, 6, 5, 5))
@@ -349,17 +271,6 @@ def test_a_bias_that_no_running_mean_can_take_is_never_dropped(norm_layer, tmp_p
     assert_same(target.state_dict(), source.state_dict())
 
 
-def changed(state, **changes):
-    """A copy with some keys replaced; None drops one. ``__`` stands for a dot."""
-    copied = dict(state)
-    for name, value in changes.items():
-        key = name.replace("__", ".")
-        copied.pop(key, None)
-        if value is not None:
-            copied[key] = value
-    return copied
-
-
 WRONG = {
     "missing": ({"stages__0__W__weight": None}, r"stages\.0\.W\.weight is not in the file"),
     "missing norm": ({"conv_bn_dropout__1__running_var": None}, r"conv_bn_dropout\.1\.running_var is not in the file"),
@@ -427,124 +338,6 @@ def test_a_model_that_the_file_is_not_for_is_refused(kind, tmp_path):
     with pytest.raises(ValueError, match=message):
         ak.load_checkpoint(model, save(ak.APNB(6, 6, 5, 5).state_dict(), tmp_path / "block.pth"))
     check()
-
-
-def test_a_file_without_weights_is_refused(tmp_path):
-    block = ak.APNB(6, 6, 5, 5)
-    for content in ({"epoch": 3}, [torch.ones(2)], {"state_dict": {}}):
-        with pytest.raises(ValueError, match="path: expected a state dict, alone or under 'state_dict' or 'model'"):
-            ak.load_checkpoint(block, save(content, tmp_path / "nothing.pth"))
-    with pytest.raises(ValueError, match="path: expected one block or a whole head, got no asymmetric"):
-        ak.load_checkpoint(block, save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth"))
-    with pytest.raises(FileNotFoundError, match=r"path: no such file: .*missing\.pth"):
-        ak.load_checkpoint(block, tmp_path / "missing.pth")
-    with pytest.raises(TypeError, match="path: expected a path, got 3 of type int"):
-        ak.load_checkpoint(block, 3)
-    with pytest.raises(TypeError, match="block_or_model: expected an instance"):
-        ak.load_checkpoint("net", tmp_path / "linear.pth")
-
-
-@pytest.mark.parametrize("ending", [".pth", ".pdparams"])
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.95])
-def test_a_truncated_file_is_refused(ending, share, tmp_path):
-    block = randomised(ak.AFNB(8, 12, 12, 5, 5))
-    file = tmp_path / f"block{ending}"
-    if ending == ".pth":
-        save(block.state_dict(), file)
-    else:
-        save_paddle(paddle_state(block.state_dict(), PADDLE_FUSION), file)
-    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
-    check = unchanged(block)
-    with pytest.raises(ValueError, match=f"path: .*block{ending} cannot be read as weights"):
-        ak.load_checkpoint(block, file)
-    check()
-
-
-class Malicious:
-    """Unpickling it calls what it was made with."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-def write_all(path, content):
-    path.write_bytes(pickle.dumps(content, protocol=4))
-    return path
-
-
-ATTACKS = {
-    "os.system": lambda mark: Malicious(os.system, f"touch {mark}"),
-    "eval": lambda mark: Malicious(eval, f"open({str(mark)!r}, 'w')"),
-    "open": lambda mark: Malicious(open, str(mark), "w"),
-    "getattr": lambda mark: Malicious(getattr, Malicious(open, str(mark), "w"), "close"),
-    "numpy": lambda mark: Malicious(np.save, str(mark), [1]),
-    "in an array": lambda mark: np.array([Malicious(open, str(mark), "w")], dtype=object),
-}
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
-@pytest.mark.parametrize("ending", [".pth", "legacy.pth", "plain.pth", ".pdparams"])
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_nothing_in_a_file_is_executed(attack, ending, tmp_path):
-    mark = tmp_path / "executed"
-    content = {"state_dict": {"stages.0.W.weight": ATTACKS[attack](mark)}, "meta": ATTACKS[attack](mark)}
-    file = tmp_path / f"bad{ending}"
-    if ending in (".pth", "legacy.pth"):
-        torch.save(content, file, _use_new_zipfile_serialization=ending == ".pth")
-    else:
-        write_all(file, content)
-    mark.unlink(missing_ok=True)  # NumPy writes while it pickles
-    block = ak.APNB(6, 6, 5, 5)
-    with pytest.raises(ValueError, match="cannot be read as weights"):
-        ak.load_checkpoint(block, file)
-    assert not list(tmp_path.glob("executed*"))
-
-
-def test_arrays_of_anything_but_numbers_are_refused(tmp_path):
-    for value in (np.array(["a"]), "text", 3, np.array([True])):
-        with pytest.raises(ValueError, match="bad: expected an array of numbers"):
-            ak.load_checkpoint(ak.APNB(6, 6, 5, 5), write_all(tmp_path / "net.pdparams", {"bad": value}))
-
-
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize("container", CONTAINERS)
-def test_an_array_in_the_place_of_a_weight_is_named(container, zipped, tmp_path):
-    block = ak.APNB(6, 6, 5, 5)
-    state = CONTAINERS[container](changed(block.state_dict(), stages__0__W__weight=np.ones((6, 5, 1, 1), np.float32)))
-    torch.save(state, tmp_path / "block.pth", _use_new_zipfile_serialization=zipped)
-    check = unchanged(block)
-    expected = r"stages\.0\.W\.weight: expected a tensor, got a NumPy array"
-    with pytest.raises(ValueError, match=f"path: .*{expected}"):
-        ak.load_checkpoint(block, tmp_path / "block.pth")
-    check()
-    with pytest.raises(ValueError, match=f"state_dict: .*{expected}"):
-        ak.to_dialect(state, "mmseg")
-
-
-def test_arrays_beside_weights_are_read_over(tmp_path):
-    source, target = randomised(ak.APNB(6, 6, 5, 5)), ak.APNB(6, 6, 5, 5)
-    state = source.state_dict()
-    for content in (
-        {**state, "classes": np.ones(2), "best": np.float64(0.7)},
-        {"state_dict": state, "a.b": np.ones(2)},
-    ):
-        ak.load_checkpoint(target, save(content, tmp_path / "block.pth"))
-        assert_same(target.state_dict(), state)
-
-
-def test_what_mmengine_stores_beside_weights_is_read_over(tmp_path):
-    logging = pytest.importorskip("mmengine.logging", reason="needs MMEngine's history buffers")
-    source, target = randomised(ak.APNB(6, 6, 5, 5)), ak.APNB(6, 6, 5, 5)
-    content = {
-        "meta": {"iter": 3, "best": np.float64(0.7)},
-        "message_hub": {"log_scalars": {"loss": logging.HistoryBuffer([1.0, 2.0], [1, 1])}},
-        "state_dict": source.state_dict(),
-    }
-    ak.load_checkpoint(target, save(content, tmp_path / "iter_3.pth"))
-    assert_same(target.state_dict(), source.state_dict())
 
 
 @pytest.mark.parametrize("dialect", ["mmseg", "mendelxu", "paddleseg"])
