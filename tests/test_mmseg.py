@@ -8,6 +8,7 @@ import sys
 import mmsegmentation
 import pytest
 import torch
+from checkpoint_states import randomised
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from replacement_rule import assert_round_trip, randomise_output
@@ -142,16 +143,6 @@ def test_our_head_is_one_word_in_a_configuration():
 def test_importing_the_package_does_not_import_mmsegmentation():
     code = "import sys, annnet_kernels; from annnet_kernels import *; assert not {'mmseg', 'mmcv'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def randomised(module):
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(std=0.5)
-        for name, buffer in module.named_buffers():
-            if name.endswith("running_mean"):
-                buffer.normal_()
-    return module
 
 
 def our_logits(net, maps):
