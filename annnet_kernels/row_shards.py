@@ -219,7 +219,9 @@ class RectifiedAttention(NormalizedAttention):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Gradients:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> Gradients:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         y, mean, invstd, weight, bias, key, value, logsumexp, x, x_weight = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in (0, 6, 7)]
         gradients = torch.ops.annnet.asymmetric_attention_bn_relu_bwd(

@@ -5,10 +5,14 @@ import copy
 import pytest
 import torch
 from block_rule import CLASSES, assert_same, build, draw_maps, output_weights
+from torch import nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import annnet_kernels as ak
+from annnet_kernels.ops import NormalizedAttention
+from annnet_kernels.row_shards import RectifiedAttention
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
@@ -196,6 +200,80 @@ def test_an_output_may_be_changed_in_place(kind):
     expected = step(block, maps, 2 * weights)
     del changed["out"], expected["out"]
     assert_same(changed, expected)
+
+
+class Calls(TorchDispatchMode):
+    """The operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        self.operators.append(operator)
+        return operator(*arguments, **(keywords or {}))
+
+
+def attend(*maps):
+    """Attention of the first map over tokens of the last."""
+    tokens = ak.pyramid_pool(maps[-1])
+    return ak.asymmetric_attention(maps[-1], tokens, tokens)
+
+
+@pytest.mark.parametrize("of", ["block", "functions"])
+def test_no_gradient_is_made_for_outputs_without_one(kind, of):
+    """Unless told otherwise PyTorch hands a backward pass zeros for them: on a GPU a launch each."""
+    maps = leaves(kind)
+    out = build(kind)[0](*maps) if of == "block" else attend(*maps)
+    with Calls() as calls:
+        torch.autograd.grad(out, maps[-1], torch.ones_like(out))
+    assert any("asymmetric_attention" in str(operator) for operator in calls.operators)
+    assert torch.ops.aten.zeros.default not in calls.operators
+
+
+class Nothing(torch.autograd.Function):
+    """The identity without a gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_where_no_gradient_comes_to_a_block_none_goes_on(kind):
+    """The norm at its end is PyTorch's, which hands on that there is none."""
+    maps = leaves(kind)
+    block = build(kind, norm_layer=lambda channels: nn.GroupNorm(2, channels))[0]
+    assert_attends_nowhere(Nothing.apply(block(*maps)))
+    assert all(x.grad is None or not x.grad.any() for x in (*maps, *block.parameters()))
+
+
+@pytest.mark.parametrize("function", [NormalizedAttention, RectifiedAttention])
+def test_where_no_gradient_comes_to_a_function_none_goes_on(function):
+    y, vectors, tokens = torch.randn(1, 4, 3, 5, requires_grad=True), torch.ones(4), torch.randn(1, 4, 7)
+    nothing = (None,) * 6  # shift; x and its weight, constant; samples, group
+    constants = (0.5, [], [], None)
+    out, *_ = function.apply(y, *(vectors,) * 4, nothing[0], tokens, tokens, *nothing[1:], *constants)
+    assert_attends_nowhere(Nothing.apply(out))
+    assert y.grad is None
+    out, *_ = function.apply(y, *(vectors,) * 4, nothing[0], tokens, tokens, *nothing[1:], *constants)
+    out.sum().backward()
+    assert y.grad.any()
+
+
+def test_where_no_gradient_comes_to_the_operators_none_goes_on(kind):
+    maps = leaves(kind)
+    assert_attends_nowhere(Nothing.apply(attend(*maps)))
+    assert all(x.grad is None or not x.grad.any() for x in maps)
+
+
+def assert_attends_nowhere(out):
+    with Calls() as calls:
+        out.sum().backward()
+    assert not any("asymmetric_attention" in str(operator) for operator in calls.operators)
 
 
 def test_evaluation_inspects_no_signature(kind, monkeypatch):

@@ -135,10 +135,13 @@ class AsymmetricAttention(torch.autograd.Function):
         query, key, value, ctx.scale, ctx.backend = inputs
         _, logsumexp = output
         ctx.mark_non_differentiable(logsumexp)
+        ctx.set_materialize_grads(False)  # else zeros are made for logsumexp
         ctx.save_for_backward(query, key, value, logsumexp)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, grad_logsumexp: Tensor) -> Any:
+    def backward(ctx: Any, grad_out: Tensor | None, _: None) -> Any:
+        if grad_out is None:
+            return (None,) * len(ctx.needs_input_grad)
         needs = list(ctx.needs_input_grad[:3])
         gradients = apply(AsymmetricAttentionBackward, grad_out, *ctx.saved_tensors, ctx.scale, needs, ctx.backend)
         dquery, dkey, dvalue = (g if needed else None for g, needed in zip(gradients, needs, strict=True))

@@ -121,12 +121,15 @@ class NormalizedAttention(torch.autograd.Function):
         ctx.product_served = x is not None and serves_convolution(x, x_weight, constant)
         _, logsumexp, pooled = output
         ctx.mark_non_differentiable(*(logsumexp,) if pooled is None else (logsumexp, pooled))
+        ctx.set_materialize_grads(False)  # else zeros are made for both
         tokens = key if pooled is None else pooled
         ctx.save_for_backward(y, mean, invstd, weight, bias, tokens, value, logsumexp, x, x_weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Gradients:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> Gradients:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         y, mean, invstd, weight, bias, key, value, logsumexp, x, x_weight = ctx.saved_tensors
         vectors = mean, invstd, weight, bias
         needs_y = any(ctx.needs_input_grad[i] for i in (0, 3, 4))

@@ -29,8 +29,18 @@ ANNNET_INLINE V sum_tokens(int64_t tokens, const Term& term) {
   return join_tokens(tokens, V{}, term, plus);
 }
 
+// Logits are scaled to powers of 2.
+constexpr double kLog2e = 0x1.71547652b82fep+0, kLn2 = 0x1.62e42fefa39efp-1;
+
+template <class A>
+A scale_to_base_2(A scale) {
+  return static_cast<A>(scale * kLog2e);
+}
+
+// `largest` is a logarithm of base 2.
 template <class A>
 void store_logsumexp(A* target, Vec<A> largest, Vec<A> sum, int64_t count) {
+  largest *= static_cast<A>(kLn2);
   for (int64_t i = 0; i < count; ++i)
     target[i] = largest[i] + static_cast<A>(sizeof(A) == 4 ? logf(sum[i]) : log(sum[i]));
 }
@@ -40,18 +50,19 @@ void store_logsumexp(A* target, Vec<A> largest, Vec<A> sum, int64_t count) {
 template <class A, class Done>
 void softmax_by_token(A* logits, int64_t tokens, int64_t pixels, A scale, A* logsumexp, const Done& done) {
   constexpr int64_t kStride = kBlockStride<A>;
+  const A factor = scale_to_base_2(scale);
   for (int64_t pixel = 0; pixel < pixels; pixel += kLanes<A>) {
     A* const column = logits + pixel;
-    const auto scaled = [&](int64_t token) { return load(column + token * kStride) * scale; };
+    const auto scaled = [&](int64_t token) { return load(column + token * kStride) * factor; };
     const Vec<A> largest = join_tokens(tokens, scaled(0), scaled, larger);
     const Vec<A> sum = sum_tokens<Vec<A>>(tokens, [&](int64_t token) {
-      const Vec<A> power = exponential(scaled(token) - largest);
+      const Vec<A> power = exp2_of_negative(scaled(token) - largest);
       store(column + token * kStride, power);
       return power;
     });
-    const Vec<A> factor = 1 / sum;
+    const Vec<A> inverse = 1 / sum;
     for (int64_t token = 0; token < tokens; ++token)
-      store(column + token * kStride, load(column + token * kStride) * factor);
+      store(column + token * kStride, load(column + token * kStride) * inverse);
     if (logsumexp != nullptr) store_logsumexp(logsumexp + pixel, largest, sum, minimum(pixels - pixel, kLanes<A>));
     done(pixel / kLanes<A>);
   }
@@ -90,6 +101,7 @@ template <class A>
 void softmax_by_pixel(A* logits, int64_t tokens, int64_t pixels, A scale, A* logsumexp) {
   constexpr int64_t kWidth = kLanes<A>;
   const int64_t stride = leading_dimension<A>(tokens);
+  const A factor = scale_to_base_2(scale);
   A beyond[kWidth];  // added to the last vector: minus infinity where there is no token
   for (int64_t lane = 0; lane < kWidth; ++lane)
     beyond[lane] = tokens - (tokens - 1) / kWidth * kWidth > lane ? A{} : -static_cast<A>(INFINITY);
@@ -97,7 +109,7 @@ void softmax_by_pixel(A* logits, int64_t tokens, int64_t pixels, A scale, A* log
     A* const rows = logits + first * stride;
     const int64_t count = minimum(pixels - first, kWidth);
     const auto scaled = [&](int64_t i, int64_t token) {
-      const Vec<A> logit = load(rows + i * stride + token) * scale;
+      const Vec<A> logit = load(rows + i * stride + token) * factor;
       return token + kWidth < tokens ? logit : logit + load(beyond);
     };
     const auto largest_part = [&](int64_t i) {
@@ -111,7 +123,7 @@ void softmax_by_pixel(A* logits, int64_t tokens, int64_t pixels, A scale, A* log
     const auto powers = [&](int64_t i) {
       Vec<A> part = {};
       for (int64_t token = 0; token < tokens; token += kWidth) {
-        const Vec<A> power = exponential(scaled(i, token) - broadcast<A>(of_pixel[i]));
+        const Vec<A> power = exp2_of_negative(scaled(i, token) - broadcast<A>(of_pixel[i]));
         store(rows + i * stride + token, power);
         part += power;
       }

@@ -1,4 +1,4 @@
-// exp of a vector of values that are at most 0, or NaN: what a softmax with its maximum subtracted needs.
+// 2^x of a vector of values that are at most 0, or NaN: what a softmax with its maximum subtracted needs.
 #pragma once
 
 #include "vector.h"
@@ -6,49 +6,45 @@
 namespace annnet::ANNNET_LEVEL {
 
 template <class V>
-struct ExpConstants;
+struct Exp2Constants;
 
 template <>
-struct ExpConstants<FloatVector> {
+struct Exp2Constants<FloatVector> {
   using Scalar = float;
   using Integers = IntVector;
-  static constexpr float log2e = 0x1.715476p+0f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
-  static constexpr float rounder = 0x1.8p23f;  // added and subtracted, it rounds to an integer
-  static constexpr float smallest = -87.33f;   // below, the result would be subnormal; it is 0
-  static constexpr int degree = 7, mantissa_bits = 23, bias = 127;
+  static constexpr float rounder = 0x1.8p23f + 127;  // a sum with it is rounded to an integer n, its low bits n + bias
+  static constexpr float smallest = -126;            // below, the result would be subnormal; it is 0
+  static constexpr int degree = 7, mantissa_bits = 23;
 };
 
 template <>
-struct ExpConstants<DoubleVector> {
+struct Exp2Constants<DoubleVector> {
   using Scalar = double;
   using Integers = LongVector;
-  static constexpr double log2e = 0x1.71547652b82fep+0, ln2_high = 0x1.62e42fefa38p-1, ln2_low = 0x1.ef35793c7673p-45;
-  static constexpr double rounder = 0x1.8p52;
-  static constexpr double smallest = -708.39;
-  static constexpr int degree = 13, mantissa_bits = 52, bias = 1023;
+  static constexpr double rounder = 0x1.8p52 + 1023;
+  static constexpr double smallest = -1022;
+  static constexpr int degree = 13, mantissa_bits = 52;
 };
 
+// ln(2)^k / k!
 template <class Scalar>
-constexpr Scalar inverse_factorial(int k) {
-  Scalar factorial = 1;
-  for (; k > 1; --k) factorial *= static_cast<Scalar>(k);
-  return 1 / factorial;
+constexpr Scalar exp2_coefficient(int k) {
+  double value = 1;
+  for (; k > 0; --k) value *= 0x1.62e42fefa39efp-1 / k;
+  return static_cast<Scalar>(value);
 }
 
-// exp(x) = 2^n exp(r) with |r| <= ln(2) / 2, and exp(r) by its Taylor polynomial.
+// 2^x = 2^n 2^r with |r| <= 1/2, and 2^r by its Taylor polynomial.
 template <class V>
-ANNNET_INLINE V exponential(V x) {
-  using C = ExpConstants<V>;
-  using Integers = typename C::Integers;
-  const V clamped = x < C::smallest ? V{} + C::smallest : x;
-  const V shifted = clamped * C::log2e + C::rounder;
-  const V n = shifted - C::rounder;
-  const V r = (clamped - n * C::ln2_high) - n * C::ln2_low;
-  V result = {};
+ANNNET_INLINE V exp2_of_negative(V x) {
+  using C = Exp2Constants<V>;
+  using Scalar = typename C::Scalar;
+  const V shifted = x + C::rounder;
+  const V r = x - (shifted - C::rounder);
+  V result = V{} + exp2_coefficient<Scalar>(C::degree);
 #pragma GCC unroll 16
-  for (int k = C::degree; k >= 0; --k) result = result * r + inverse_factorial<typename C::Scalar>(k);
-  const Integers exponent = bit_cast<Integers>(shifted) - bit_cast<Integers>(V{} + C::rounder) + C::bias;
-  result *= bit_cast<V>(exponent << C::mantissa_bits);
+  for (int k = C::degree - 1; k >= 0; --k) result = result * r + exp2_coefficient<Scalar>(k);
+  result *= bit_cast<V>(bit_cast<typename C::Integers>(shifted) << C::mantissa_bits);
   return x < C::smallest ? V{} : result;
 }
 
