@@ -51,8 +51,7 @@ ANNNET_INLINE void split_lanes(DoubleVector a, DoubleVector b, DoubleVector& eve
 #endif
 }
 
-// Within lanes: element k of lane l of row i, one of the `count` rows that as many elements of a lane are, comes to
-// element i of lane l of row k.
+// As many rows as a lane has elements: element k of each lane of row i becomes element i of that lane of row k.
 ANNNET_INLINE void transpose_within_lanes(const DoubleVector* from, DoubleVector* to) {
   interleave(from[0], from[1], to[0], to[1]);
 }
