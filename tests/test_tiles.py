@@ -28,13 +28,16 @@ def test_a_chunk_is_a_power_of_two_with_little_padding(channels, widest):
     kind=st.sampled_from(KINDS),
     backward=st.booleans(),
     normalised=st.booleans(),
+    nchw=st.booleans(),
     strided=st.booleans(),
     capability=st.sampled_from(list(CAPABILITIES)),
 )
-def test_operands_of_a_stage_fit_shared_memory(key, value, tokens, kind, backward, normalised, strided, capability):
+def test_operands_of_a_stage_fit_shared_memory(
+    key, value, tokens, kind, backward, normalised, nchw, strided, capability
+):
     dtype, precision = kind
     shared = CAPABILITIES[capability] * 1024
-    tile = attention_tile(key, value, tokens, dtype, precision, backward, normalised, strided, capability, shared)
+    tile = attention_tile(key, value, tokens, dtype, precision, backward, normalised, nchw, strided, capability, shared)
     assert tile.tokens in (64, 128)
     assert tile.tokens >= min(tokens, 128)
     operands = (tile.pixels + tile.tokens) * max(tile.key_chunk, tile.value_chunk) * dtype.itemsize
@@ -43,12 +46,23 @@ def test_operands_of_a_stage_fit_shared_memory(key, value, tokens, kind, backwar
     assert sums.pixels * (sums.tokens + sums.chunk) * dtype.itemsize * sums.stages <= shared
 
 
+@pytest.mark.parametrize("nchw", [False, True])
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
 @pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=str)
-def test_sizes_of_an_image_choose_nothing_and_tokens_little(dtype, precision, capability):
+def test_sizes_of_an_image_choose_nothing_and_tokens_little(dtype, precision, capability, nchw):
     tiles = {
         attention_tile(
-            256, 512, tokens, dtype, precision, backward, normalised, False, capability, CAPABILITIES[capability] * 1024
+            256,
+            512,
+            tokens,
+            dtype,
+            precision,
+            backward,
+            normalised,
+            nchw,
+            False,
+            capability,
+            CAPABILITIES[capability] * 1024,
         )
         for tokens in range(1, 1025)
         for backward in (False, True)

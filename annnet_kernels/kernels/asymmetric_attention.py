@@ -284,6 +284,7 @@ def _tile(
         precision,
         backward,
         norm is not None,
+        any(m.channel_stride not in (None, 1) for m in maps),
         any(m.row_stride is not None for m in maps),
         device.capability,
         device.shared_memory,

@@ -39,6 +39,7 @@ def attention_tile(
     precision: str,
     backward: bool,
     normalised: bool,
+    nchw: bool,
     strided: bool,
     capability: tuple[int, int],
     shared_memory: int,
@@ -49,6 +50,7 @@ def attention_tile(
         precision: ``"tf32"`` or ``"ieee"``; the latter keeps float32 away from tensor cores.
         backward: whether logits and their gradients are held at once.
         normalised: whether queries are normalised as they are loaded.
+        nchw: whether the channels of a map are no neighbours.
         strided: whether a map needs two strides to walk its pixels.
         shared_memory: bytes that one block may use.
     """
@@ -77,6 +79,11 @@ def attention_tile(
                 registers = _ALL_REGISTERS
             elif not several_blocks:
                 widest_value, registers = 32, _ALL_REGISTERS
+        # Without these Triton 3.6 spills a few values (sm_100).
+        if capability[0] == 10 and backward and nchw and not several_blocks:
+            widest_key = 32
+        if capability[0] == 10 and ((several_blocks and backward != normalised) or (strided and backward)):
+            registers = _ALL_REGISTERS
     elif precision == "tf32":
         widest_key, widest_value, pixels, stages = 32, 32, 64 if heavy or strided else 128, 2
         if not heavy:
