@@ -44,7 +44,7 @@ from .normalization import (
 )
 from .ops import pointwise_convolution
 from .ops.functions import apply
-from .ops.normalized import Gradients, NormalizedAttention, product_backward
+from .ops.normalized import Gradients, NormalizedAttention, present, product_backward
 from .pyramid import bin_edges, num_tokens
 
 
@@ -220,9 +220,8 @@ class RectifiedAttention(NormalizedAttention):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Gradients:
-        if grad is None:
-            return (None,) * len(ctx.needs_input_grad)
         y, mean, invstd, weight, bias, key, value, logsumexp, x, x_weight = ctx.saved_tensors
+        grad = present(grad, y, value)
         needs = [ctx.needs_input_grad[i] for i in (0, 6, 7)]
         gradients = torch.ops.annnet.asymmetric_attention_bn_relu_bwd(
             grad, y, mean, invstd, weight, bias, key, value, logsumexp, ctx.scale, needs, ctx.constants[-1]

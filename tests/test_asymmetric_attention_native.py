@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_rule import assert_accurate, random_tokens
+from attention_rule import assert_accurate, plain_attention, random_tokens
 from fresh import python
 from helpers import LAYOUTS, random_map, surrounded
 from torch import Tensor
@@ -79,6 +79,25 @@ def test_accuracy_of_peaked_softmax(magnitude: float, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("scale", [0.0, -0.3])
 def test_accuracy_of_unusual_scales(scale: float) -> None:
     assert_native_accurate((1, 16, 24, 9, 11, 30), torch.float32, scale=scale)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("scale", [1.0, 0.3, -1.0])
+def test_logits_up_to_the_largest_float(scale: float, layout: str) -> None:
+    """One channel, so that a logit is one product; keys are equal or far apart."""
+    magnitude = 10.0 ** torch.empty(1, 1, 31, 37).uniform_(0, 38)
+    query = (magnitude * torch.randn(1, 1, 31, 37).sign()).expand(1, 2, 31, 37) * torch.tensor([1.0, 0.0])[
+        :, None, None
+    ]
+    query = query.contiguous(
+        memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    )
+    key, value = torch.tensor([1.0, 0.5, -1.0, -0.25])[torch.randint(4, (1, 2, 43))], torch.randn(1, 24, 43)
+    out, logsumexp = torch.ops.annnet.asymmetric_attention(query, key, value, scale)
+    truth = plain_attention(query.double(), key.double(), value.double(), scale)
+    torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
+    logits = query.double().flatten(2).transpose(1, 2) @ key.double() * scale
+    torch.testing.assert_close(logsumexp.double(), logits.logsumexp(dim=2), rtol=1e-6, atol=1e-6)
 
 
 CHANNELS = pytest.mark.parametrize("channels", [(21, 35), (24, 40)], ids=["packed", "in_place"])

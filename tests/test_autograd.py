@@ -243,37 +243,32 @@ class Nothing(torch.autograd.Function):
         return None
 
 
-def test_where_no_gradient_comes_to_a_block_none_goes_on(kind):
+def test_where_no_gradient_comes_to_a_block_it_is_zero(kind):
     """The norm at its end is PyTorch's, which hands on that there is none."""
     maps = leaves(kind)
     block = build(kind, norm_layer=lambda channels: nn.GroupNorm(2, channels))[0]
-    assert_attends_nowhere(Nothing.apply(block(*maps)))
+    Nothing.apply(block(*maps)).sum().backward()
     assert all(x.grad is None or not x.grad.any() for x in (*maps, *block.parameters()))
 
 
 @pytest.mark.parametrize("function", [NormalizedAttention, RectifiedAttention])
-def test_where_no_gradient_comes_to_a_function_none_goes_on(function):
+def test_where_no_gradient_comes_to_a_step_of_a_block_it_is_zero(function):
+    """Other processes may wait for sums of it."""
     y, vectors, tokens = torch.randn(1, 4, 3, 5, requires_grad=True), torch.ones(4), torch.randn(1, 4, 7)
-    nothing = (None,) * 6  # shift; x and its weight, constant; samples, group
-    constants = (0.5, [], [], None)
-    out, *_ = function.apply(y, *(vectors,) * 4, nothing[0], tokens, tokens, *nothing[1:], *constants)
-    assert_attends_nowhere(Nothing.apply(out))
-    assert y.grad is None
-    out, *_ = function.apply(y, *(vectors,) * 4, nothing[0], tokens, tokens, *nothing[1:], *constants)
-    out.sum().backward()
-    assert y.grad.any()
+    shift, others, constants = None, (None,) * 5, (0.5, [], [], None)
+    for expected, pass_on in ((False, Nothing.apply), (True, torch.clone)):
+        out, *_ = function.apply(y, *(vectors,) * 4, shift, tokens, tokens, *others, *constants)
+        pass_on(out).sum().backward()
+        assert bool(y.grad.any()) is expected
 
 
 def test_where_no_gradient_comes_to_the_operators_none_goes_on(kind):
     maps = leaves(kind)
-    assert_attends_nowhere(Nothing.apply(attend(*maps)))
-    assert all(x.grad is None or not x.grad.any() for x in maps)
-
-
-def assert_attends_nowhere(out):
+    out = Nothing.apply(attend(*maps))
     with Calls() as calls:
         out.sum().backward()
     assert not any("asymmetric_attention" in str(operator) for operator in calls.operators)
+    assert all(x.grad is None or not x.grad.any() for x in maps)
 
 
 def test_evaluation_inspects_no_signature(kind, monkeypatch):

@@ -128,9 +128,8 @@ class NormalizedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Gradients:
-        if grad is None:
-            return (None,) * len(ctx.needs_input_grad)
         y, mean, invstd, weight, bias, key, value, logsumexp, x, x_weight = ctx.saved_tensors
+        grad = present(grad, y, value)
         vectors = mean, invstd, weight, bias
         needs_y = any(ctx.needs_input_grad[i] for i in (0, 3, 4))
         needs = [needs_y, (ctx.shared and needs_y) or ctx.needs_input_grad[6], ctx.needs_input_grad[7]]
@@ -153,6 +152,11 @@ class NormalizedAttention(torch.autograd.Function):
             *product_backward(grad, x, x_weight, ctx.needs_input_grad[8:11], ctx.product_served),
             *(None,) * 6,  # samples, group, scale, heights, widths, backend
         )
+
+
+def present(grad: Tensor | None, y: Tensor, value: Tensor) -> Tensor:
+    """The gradient of the output, zeros if none came: other processes may wait for what is made of it."""
+    return y.new_zeros(y.shape[0], value.shape[1], *y.shape[2:]) if grad is None else grad
 
 
 def product_backward(

@@ -29,18 +29,19 @@ ANNNET_INLINE V sum_tokens(int64_t tokens, const Term& term) {
   return join_tokens(tokens, V{}, term, plus);
 }
 
-// Logits are scaled to powers of 2.
-constexpr double kLog2e = 0x1.71547652b82fep+0, kLn2 = 0x1.62e42fefa39efp-1;
-
+// A scale in two factors: the sign of the logits, and what makes their differences to the largest powers of 2. The
+// difference comes first: it is exact where logits are close, and never above 0.
 template <class A>
-A scale_to_base_2(A scale) {
-  return static_cast<A>(scale * kLog2e);
-}
+struct Scale {
+  A sign, size, base_2;
+  explicit Scale(A scale) : sign(scale < 0 ? -1 : 1), size(scale * sign) {
+    constexpr double kLog2e = 0x1.71547652b82fep+0;
+    base_2 = static_cast<A>(size * kLog2e);
+  }
+};
 
-// `largest` is a logarithm of base 2.
 template <class A>
 void store_logsumexp(A* target, Vec<A> largest, Vec<A> sum, int64_t count) {
-  largest *= static_cast<A>(kLn2);
   for (int64_t i = 0; i < count; ++i)
     target[i] = largest[i] + static_cast<A>(sizeof(A) == 4 ? logf(sum[i]) : log(sum[i]));
 }
@@ -50,20 +51,21 @@ void store_logsumexp(A* target, Vec<A> largest, Vec<A> sum, int64_t count) {
 template <class A, class Done>
 void softmax_by_token(A* logits, int64_t tokens, int64_t pixels, A scale, A* logsumexp, const Done& done) {
   constexpr int64_t kStride = kBlockStride<A>;
-  const A factor = scale_to_base_2(scale);
+  const Scale<A> factors(scale);
   for (int64_t pixel = 0; pixel < pixels; pixel += kLanes<A>) {
     A* const column = logits + pixel;
-    const auto scaled = [&](int64_t token) { return load(column + token * kStride) * factor; };
-    const Vec<A> largest = join_tokens(tokens, scaled(0), scaled, larger);
+    const auto logit = [&](int64_t token) { return load(column + token * kStride) * factors.sign; };
+    const Vec<A> largest = join_tokens(tokens, logit(0), logit, larger);
     const Vec<A> sum = sum_tokens<Vec<A>>(tokens, [&](int64_t token) {
-      const Vec<A> power = exp2_of_negative(scaled(token) - largest);
+      const Vec<A> power = exp2_of_negative((logit(token) - largest) * factors.base_2);
       store(column + token * kStride, power);
       return power;
     });
     const Vec<A> inverse = 1 / sum;
     for (int64_t token = 0; token < tokens; ++token)
       store(column + token * kStride, load(column + token * kStride) * inverse);
-    if (logsumexp != nullptr) store_logsumexp(logsumexp + pixel, largest, sum, minimum(pixels - pixel, kLanes<A>));
+    if (logsumexp != nullptr)
+      store_logsumexp(logsumexp + pixel, largest * factors.size, sum, minimum(pixels - pixel, kLanes<A>));
     done(pixel / kLanes<A>);
   }
 }
@@ -101,20 +103,21 @@ template <class A>
 void softmax_by_pixel(A* logits, int64_t tokens, int64_t pixels, A scale, A* logsumexp) {
   constexpr int64_t kWidth = kLanes<A>;
   const int64_t stride = leading_dimension<A>(tokens);
-  const A factor = scale_to_base_2(scale);
+  const Scale<A> factors(scale);
   A beyond[kWidth];  // added to the last vector: minus infinity where there is no token
   for (int64_t lane = 0; lane < kWidth; ++lane)
     beyond[lane] = tokens - (tokens - 1) / kWidth * kWidth > lane ? A{} : -static_cast<A>(INFINITY);
+  const auto leave_out = [&](int64_t token, Vec<A> value) {
+    return token + kWidth < tokens ? value : value + load(beyond);
+  };
   for (int64_t first = 0; first < pixels; first += kWidth) {
     A* const rows = logits + first * stride;
     const int64_t count = minimum(pixels - first, kWidth);
-    const auto scaled = [&](int64_t i, int64_t token) {
-      const Vec<A> logit = load(rows + i * stride + token) * factor;
-      return token + kWidth < tokens ? logit : logit + load(beyond);
-    };
+    const auto logit = [&](int64_t i, int64_t token) { return load(rows + i * stride + token) * factors.sign; };
     const auto largest_part = [&](int64_t i) {
-      Vec<A> part = scaled(i, 0);
-      for (int64_t token = kWidth; token < tokens; token += kWidth) part = larger(part, scaled(i, token));
+      Vec<A> part = leave_out(0, logit(i, 0));
+      for (int64_t token = kWidth; token < tokens; token += kWidth)
+        part = larger(part, leave_out(token, logit(i, token)));
       return part;
     };
     const Vec<A> largest = join_rows<A>(count, Vec<A>{} - static_cast<A>(INFINITY), largest_part, larger);
@@ -123,7 +126,8 @@ void softmax_by_pixel(A* logits, int64_t tokens, int64_t pixels, A scale, A* log
     const auto powers = [&](int64_t i) {
       Vec<A> part = {};
       for (int64_t token = 0; token < tokens; token += kWidth) {
-        const Vec<A> power = exp2_of_negative(scaled(i, token) - broadcast<A>(of_pixel[i]));
+        const Vec<A> below = (logit(i, token) - broadcast<A>(of_pixel[i])) * factors.base_2;
+        const Vec<A> power = exp2_of_negative(leave_out(token, below));
         store(rows + i * stride + token, power);
         part += power;
       }
@@ -134,7 +138,7 @@ void softmax_by_pixel(A* logits, int64_t tokens, int64_t pixels, A scale, A* log
     for (int64_t i = 0; i < count; ++i)
       for (int64_t token = 0; token < tokens; token += kWidth)
         store(rows + i * stride + token, load(rows + i * stride + token) * of_pixel[i]);
-    if (logsumexp != nullptr) store_logsumexp(logsumexp + first, largest, sum, count);
+    if (logsumexp != nullptr) store_logsumexp(logsumexp + first, largest * factors.size, sum, count);
   }
 }
 

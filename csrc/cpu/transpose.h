@@ -40,8 +40,9 @@ ANNNET_INLINE void interleave(DoubleVector a, DoubleVector b, DoubleVector& low,
 #endif
 }
 
-// The lanes of even number of a and then of b, and those of odd number.
-ANNNET_INLINE void split_lanes(DoubleVector a, DoubleVector b, DoubleVector& even, DoubleVector& odd) {
+// The lanes of even number of a and then of b, and those of odd number. A vector of 16 bytes is one lane.
+ANNNET_INLINE void split_lanes([[maybe_unused]] DoubleVector a, [[maybe_unused]] DoubleVector b,
+                               [[maybe_unused]] DoubleVector& even, [[maybe_unused]] DoubleVector& odd) {
 #if ANNNET_VECTOR_BYTES == 64
   even = ANNNET_SHUFFLE(a, b, LongVector, 0, 1, 4, 5, 8, 9, 12, 13);
   odd = ANNNET_SHUFFLE(a, b, LongVector, 2, 3, 6, 7, 10, 11, 14, 15);
