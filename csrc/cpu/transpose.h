@@ -1,5 +1,5 @@
 // In-register transposition of a square of vectors: within lanes of 16 bytes, then of whole lanes. Shuffles that stay
-// within lanes, or move whole ones, take one cycle and no register for their indices.
+// within lanes, or move whole ones, need no register for their indices.
 #pragma once
 
 #include "vector.h"
