@@ -138,7 +138,7 @@ def why_not(
         return None
     if backend == "native":
         capability = _capability_of(device) if device.type == "cuda" else None
-        return native.why_not(device.type, operator, capability, dtype)
+        return native.why_not(device.type, operator, capability)
     if not has_triton:
         return f"there are no Triton kernels for {operator} yet"
     if not _has_triton():

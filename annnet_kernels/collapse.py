@@ -20,10 +20,11 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -41,7 +42,6 @@ from .normalization import (
     pool_rectified,
     uses_batch_statistics,
 )
-from .ops import chain_product, matrix_product, pointwise_convolution
 from .tracers import jit_tracing
 
 
@@ -121,7 +121,7 @@ def _sum_of(product: Product, query: Tensor) -> Tensor:
     """X Wᵀ + c in the dtype of ``query``; c alone, (C, 1, 1), without a bottleneck."""
     x, weight, constant = (None if operand is None else operand.to(query.dtype) for operand in product)
     assert constant is not None
-    return constant[:, None, None] if x is None or weight is None else pointwise_convolution(x, weight, constant)
+    return constant[:, None, None] if x is None or weight is None else F.conv2d(x, weight, constant)
 
 
 @contextmanager
@@ -176,9 +176,9 @@ def _raw(projection: Projection, x: Tensor, calls: int) -> tuple[Tensor, Normali
     """The projection ahead of its batch norm, and what that norm does to it."""
     conv, norm = projection.conv, projection.norm
     if uses_batch_statistics(norm):  # they cancel the convolution's bias
-        y = pointwise_convolution(x, conv.weight, None)
+        y = F.conv2d(x, conv.weight, None)
         return y, normalization(norm, y, shift=conv.bias, calls=calls)
-    y = pointwise_convolution(x, conv.weight, conv.bias)
+    y = F.conv2d(x, conv.weight, conv.bias)
     return y, normalization(norm, y)
 
 
@@ -213,7 +213,7 @@ def token_values(weights: Weights, pooled: Tensor) -> Tensor:
         matrices = matrices_of(weights)
         rows = pooled.transpose(1, 2).flatten(0, 1).to(matrices[0].dtype)
         if torch.compiler.is_compiling() or jit_tracing():
-            values = matrix_product(matrix_product(rows, matrices[0]), reduce(matrix_product, matrices[1:]))
+            values = torch.mm(torch.mm(rows, matrices[0]), reduce(torch.mm, matrices[1:]))
         else:
             values = chain_product([rows, *matrices])
         return values.view(batch, tokens, values.shape[1]).transpose(1, 2)
@@ -223,6 +223,27 @@ def matrices_of(weights: Weights) -> list[Tensor]:
     """W_vᵀ, Wᵀ and, with a bottleneck, W_1ᵀ: their product maps a pooled row to its token; float32 at least."""
     chain = [weight for weight in weights[:3] if weight is not None]
     return [weight.flatten(1).t().to(torch.promote_types(weight.dtype, torch.float32)) for weight in chain]
+
+
+def chain_product(matrices: Sequence[Tensor]) -> Tensor:
+    """The product of all matrices, multiplied in the order that takes the fewest operations."""
+    if len(matrices) == 1:
+        return matrices[0]
+    split = _cheapest_chain((matrices[0].shape[0], *(matrix.shape[1] for matrix in matrices)))[1]
+    return torch.mm(chain_product(matrices[:split]), chain_product(matrices[split:]))
+
+
+@cache
+def _cheapest_chain(sizes: tuple[int, ...]) -> tuple[int, int]:
+    """Multiplications of the product of matrices (sizes[0], sizes[1]), (sizes[1], sizes[2]), …, and its last split."""
+    if len(sizes) <= 2:
+        return 0, 0
+
+    def cost(split: int) -> int:
+        own = sizes[0] * sizes[split] * sizes[-1]
+        return own + _cheapest_chain(sizes[: split + 1])[0] + _cheapest_chain(sizes[split:])[0]
+
+    return min((cost(split), split) for split in range(1, len(sizes) - 1))
 
 
 def constant_of(parts: Parts, weights: Weights) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .autocast import no_autocast
-from .collapse import HOOKS, Parts, constant_of, matrices_of, weights_of, why_plain
+from .collapse import HOOKS, Parts, chain_product, constant_of, matrices_of, weights_of, why_plain
 from .functional import pyramid_pool
 from .normalization import (
     FUSABLE_NORMS,
@@ -36,7 +36,6 @@ from .normalization import (
     pool_rectified,
     uses_batch_statistics,
 )
-from .ops import chain_product, pointwise_convolution
 from .tracers import jit_tracing
 
 
@@ -311,9 +310,9 @@ def merged_forward(pair: FoldedPair, conv: nn.Conv2d, parts: Parts, low: Tensor,
 
 
 def _attend(parts: Parts, low: Tensor, high: Tensor, value: Tensor, product: Product) -> Tensor:
-    y = pointwise_convolution(high, parts.query.conv.weight, parts.query.conv.bias)
+    y = F.conv2d(high, parts.query.conv.weight, parts.query.conv.bias)
     key = None
     if not parts.is_shared():
-        raw = pointwise_convolution(low, parts.key.conv.weight, parts.key.conv.bias)
+        raw = F.conv2d(low, parts.key.conv.weight, parts.key.conv.bias)
         key = pool_rectified(raw, normalization(parts.key.norm, raw), parts.pool_sizes())
     return attend_rectified(y, normalization(parts.query.norm, y), key, value, product, parts.pool_sizes())

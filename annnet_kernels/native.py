@@ -18,10 +18,6 @@ import torch
 _BUILD_COMMAND = "python setup.py build_ext --inplace, or pip install --no-build-isolation ."
 
 
-ONLY_DTYPE: dict[str, torch.dtype] = {}
-"""The one dtype of an operator whose kernels are for that alone."""
-
-
 def _library_path() -> Path:
     return Path(__file__).with_name("_C" + str(sysconfig.get_config_var("EXT_SUFFIX")))
 
@@ -62,13 +58,11 @@ def why_not(
     device_type: str,
     operator: str | None = None,
     capability: tuple[int, int] | None = None,
-    dtype: torch.dtype | None = None,
 ) -> str | None:
     """Why the extension cannot serve tensors on this type of device, or this operator on them; None if it can.
 
     Args:
         capability: of the CUDA device.
-        dtype: of the tensors.
     """
     if _load_failure is not None:
         return _load_failure
@@ -76,9 +70,6 @@ def why_not(
         return f"the extension was built without kernels for {device_type} tensors"
     if operator is not None and not _has_kernel(operator, device_type.upper()):
         return f"the extension has no {operator} for {device_type} tensors"
-    only = None if operator is None else ONLY_DTYPE.get(operator)
-    if dtype is not None and only not in (None, dtype):
-        return f"there are kernels for {str(only).removeprefix('torch.')} alone"
     if capability is not None and not any(_serves(target, capability) for target in _cuda_targets):
         return (
             f"the extension was built for {', '.join(_cuda_targets)}, this GPU has compute capability "

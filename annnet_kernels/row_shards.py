@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -42,7 +43,6 @@ from .normalization import (
     statistics_of,
     uses_batch_statistics,
 )
-from .ops import pointwise_convolution
 from .ops.functions import apply
 from .ops.normalized import Gradients, NormalizedAttention, present, product_backward
 from .pyramid import bin_edges, num_tokens
@@ -227,7 +227,7 @@ class RectifiedAttention(NormalizedAttention):
             grad, y, mean, invstd, weight, bias, key, value, logsumexp, ctx.scale, needs, ctx.constants[-1]
         )
         dz, dkey, dvalue = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-        of_product = product_backward(grad, x, x_weight, ctx.needs_input_grad[8:11], ctx.product_served)
+        of_product = product_backward(grad, x, x_weight, ctx.needs_input_grad[8:11])
         # mean, invstd, weight, bias, shift; samples, group, scale, heights, widths, backend
         return dz, *(None,) * 5, dkey, dvalue, *of_product, *(None,) * 6
 
@@ -270,8 +270,8 @@ def _read(projection: Projection, x: Tensor, calls: int) -> Reading:
     """The projection ahead of its batch norm; batch statistics cancel the convolution's bias."""
     conv, norm = projection.conv, projection.norm
     if uses_batch_statistics(norm):
-        return Reading(norm, pointwise_convolution(x, conv.weight, None), conv.bias, calls)
-    return Reading(norm, pointwise_convolution(x, conv.weight, conv.bias))
+        return Reading(norm, F.conv2d(x, conv.weight, None), conv.bias, calls)
+    return Reading(norm, F.conv2d(x, conv.weight, conv.bias))
 
 
 def _attend(query: Tensor, norm: Normalization, keys: Tensor, value: Tensor, product: Product) -> Tensor:

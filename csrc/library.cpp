@@ -38,11 +38,6 @@ TORCH_LIBRARY(annnet_native, m) {
       "asymmetric_attention_bn_relu_bwd(Tensor grad_out, Tensor y, Tensor mean, Tensor invstd, Tensor weight, "
       "Tensor bias, Tensor key, Tensor value, Tensor logsumexp, float scale, bool[] needs, Tensor(a!) dz, "
       "Tensor(b!) dkey, Tensor(c!) dvalue) -> ()");
-  m.def("matrix_product(Tensor a, Tensor b, Tensor? bias, bool summed, Tensor(a!) out) -> ()");
-  m.def("pointwise_convolution(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
-  m.def(
-      "pointwise_convolution_bwd(Tensor grad, Tensor x, Tensor weight, bool[] needs, Tensor(a!) dx, "
-      "Tensor(b!) dweight, Tensor(c!) dbias) -> ()");
   m.def("batch_norm_statistics(Tensor y, Tensor(a!) out) -> ()");
   m.def(
       "batch_norm_apply(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, Tensor? channel_scale, "

@@ -25,7 +25,6 @@ TESTS = {
         "level_follows_the_environment",
     ],
     "bn_relu_attention_native": ["accuracy_of_shapes", "accuracy_of_map_layouts"],
-    "products": ["accuracy_of_shapes", "touches_nothing_beyond_its_operands"],
     "pyramid_pool_native": [
         "any_shape_and_pyramid",
         "maps_longer_than_a_buffer",

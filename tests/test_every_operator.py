@@ -28,7 +28,6 @@ def calls(layout, dtype=torch.float32):
     tail = (y, *vectors, scale, True)
     attend = (query, *vectors, tokens(CK), tokens(CV))
     sums = torch.randn(2, CK, dtype=dtype)
-    weight = torch.randn(3, CK, 1, 1)
     return {
         "pyramid_pool": (query, *LEVELS),
         "pyramid_pool_bwd": (tokens(CK), [H, W], *LEVELS, layout == "channels_last", None),
@@ -49,15 +48,6 @@ def calls(layout, dtype=torch.float32):
         "asymmetric_attention_bn_relu": (*attend, value_map, 0.7),
         "asymmetric_attention_bn_relu_": (*attend, random_map((B, CV, H, W), dtype, dense(layout)), 0.7),
         "asymmetric_attention_bn_relu_bwd": (grad_map, *attend, logsumexp, 0.7, [True, True, False], None),
-        "matrix_product": (torch.randn(B, 3, CK), y.flatten(2).float(), torch.randn(3), False, None),
-        "pointwise_convolution": (y.float(), weight, torch.randn(3)),
-        "pointwise_convolution_bwd": (
-            torch.randn(B, 3, H, W),
-            y.float(),
-            torch.randn(3, CK, 1, 1),
-            [True, False, True],
-            None,
-        ),
         "batch_norm_statistics": (y,),
         "batch_norm_apply": tail,
         "batch_norm_apply_": (random_map((B, CK, H, W), dtype, dense(layout)), *tail[1:]),

@@ -3,7 +3,6 @@
 from . import batch_norm, bn_relu_attention, bn_relu_pool
 from .asymmetric_attention import AsymmetricAttention
 from .normalized import NormalizedAttention, NormalizedPool, NormalizedTail
-from .products import chain_product, matrix_product, pointwise_convolution
 from .pyramid_pool import PyramidPool
 
 __all__ = [
@@ -15,7 +14,4 @@ __all__ = [
     "batch_norm",
     "bn_relu_attention",
     "bn_relu_pool",
-    "chain_product",
-    "matrix_product",
-    "pointwise_convolution",
 ]

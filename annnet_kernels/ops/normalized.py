@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..tracers import exporting
-from .products import convolution_gradients, serves_convolution
 
 Gradients = tuple[Any, ...]
 
@@ -105,8 +104,7 @@ class NormalizedAttention(torch.autograd.Function):
         if x is None or x_weight is None:
             addend = None if constant is None else constant[:, None, None].expand(y.shape[0], -1, *y.shape[2:])
         else:
-            convolve = torch.ops.annnet.pointwise_convolution if serves_convolution(x, x_weight, constant) else F.conv2d
-            addend = convolve(x, x_weight, constant)
+            addend = F.conv2d(x, x_weight, constant)
             if not exporting():  # what converts an exported program knows no writing in place
                 logsumexp = torch.ops.annnet.asymmetric_attention_bn_relu_(y, *vectors, tokens, value, addend, scale)
                 return addend, logsumexp, pooled
@@ -115,10 +113,9 @@ class NormalizedAttention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        y, mean, invstd, weight, bias, ctx.shift, key, value, x, x_weight, constant, *constants = inputs
+        y, mean, invstd, weight, bias, ctx.shift, key, value, x, x_weight, _, *constants = inputs
         ctx.samples, ctx.group, ctx.scale, *ctx.constants = constants
         ctx.shared = key is None
-        ctx.product_served = x is not None and serves_convolution(x, x_weight, constant)
         _, logsumexp, pooled = output
         ctx.mark_non_differentiable(*(logsumexp,) if pooled is None else (logsumexp, pooled))
         ctx.set_materialize_grads(False)  # else zeros are made for both
@@ -149,7 +146,7 @@ class NormalizedAttention(torch.autograd.Function):
             _zeros_like(ctx.shift),
             None if ctx.shared or not needs[1] else dkey,
             dvalue if needs[2] else None,
-            *product_backward(grad, x, x_weight, ctx.needs_input_grad[8:11], ctx.product_served),
+            *product_backward(grad, x, x_weight, ctx.needs_input_grad[8:11]),
             *(None,) * 6,  # samples, group, scale, heights, widths, backend
         )
 
@@ -159,13 +156,15 @@ def present(grad: Tensor | None, y: Tensor, value: Tensor) -> Tensor:
     return y.new_zeros(y.shape[0], value.shape[1], *y.shape[2:]) if grad is None else grad
 
 
-def product_backward(
-    grad: Tensor, x: Tensor | None, weight: Tensor | None, needs: Sequence[bool], served: bool
-) -> Gradients:
-    """Gradients of x, weight and constant in x weightᵀ + constant."""
+def product_backward(grad: Tensor, x: Tensor | None, weight: Tensor | None, needs: Sequence[bool]) -> Gradients:
+    """Gradients of x, weight and constant in x weightᵀ + constant; None where ``needs`` says no."""
     if x is None or weight is None:
         return None, None, grad.sum((0, 2, 3)) if needs[2] else None
-    return convolution_gradients(grad, x, weight, needs, served=served)
+    geometry = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # stride, padding, dilation; not transposed; groups
+    gradients: Gradients = torch.ops.aten.convolution_backward(
+        grad, x, weight, [weight.shape[0]], *geometry, list(needs)
+    )
+    return gradients
 
 
 def _rectified_backward(

@@ -16,7 +16,6 @@ from torch.autograd.forward_ad import unpack_dual
 
 from ..autocast import no_autocast
 from ..backends import choose_backend, requested_backend
-from ..native import ONLY_DTYPE
 from .flops import register_flops
 
 NAMESPACE = "annnet"
@@ -37,7 +36,6 @@ def register(
     vmap: Callable[..., Any] | None = None,
     flops: Callable[..., int] | None = None,
     written: int | None = None,
-    native_dtype: torch.dtype | None = None,
 ) -> Callable[[Callable[..., Any]], None]:
     """Define an operator and return a function that gives it the autograd Function to route through.
 
@@ -55,15 +53,12 @@ def register(
         flops: FLOP of a call (2 per multiply-add), as ``register_flop_formula`` takes it; None counts nothing.
         written: index of the operand that an in-place operator (its name ends in ``_``) writes. Implementations are
             those of the operator without the underscore, which get this operand as their first output.
-        native_dtype: the one dtype that the extension's kernels are for; None if they are for all four.
     """
     operator_name = schema.split("(", 1)[0]
     name = operator_name.removesuffix("_")
     takes_backend = "str? backend" in schema
     if triton_module is not None:
         TRITON_MODULES[name] = triton_module
-    if native_dtype is not None:
-        ONLY_DTYPE[name] = native_dtype
     LIBRARY.define(schema, tags=_TAGS)
     operator = getattr(getattr(torch.ops, NAMESPACE), operator_name).default
 

@@ -4,7 +4,6 @@
 #include "asymmetric_attention.h"
 #include "batch_norm.h"
 #include "bn_relu_pool.h"
-#include "matrix_product.h"
 #include "pyramid_pool.h"
 
 namespace annnet {
@@ -13,7 +12,6 @@ struct Kernels {
   AsymmetricAttentionKernels asymmetric_attention;
   BatchNormKernels batch_norm;
   BnReluPoolKernels bn_relu_pool;
-  MatrixProductKernels matrix_product;
   PyramidPoolKernels pyramid_pool;
 };
 

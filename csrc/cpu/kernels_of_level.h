@@ -3,7 +3,6 @@
 #include "batch_norm_kernels.h"
 #include "bn_relu_pool_kernels.h"
 #include "kernels.h"
-#include "matrix_product_kernels.h"
 #include "pyramid_pool_kernels.h"
 #include "vector.h"
 
@@ -14,7 +13,6 @@ const Kernels kernels = {
     .asymmetric_attention = asymmetric_attention_kernels,
     .batch_norm = batch_norm::table,
     .bn_relu_pool = bn_relu_pool_kernels,
-    .matrix_product = matrix_product_kernels,
     .pyramid_pool = pyramid_pool_kernels,
 };
 
