@@ -1,4 +1,5 @@
-# Two commands for newcomers: `make bench` and `make test`. Both set up a virtual environment first.
+# Two commands for newcomers: `make bench` and `make test`. Each installs what it needs and nothing else into a virtual
+# environment, builds the C++ extension in the checkout, and prints one line per step.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +8,10 @@ OUT ?= bench-results
 BUDGET ?= 540
 
 BIN := $(VENV)/bin
-READY := $(VENV)/ready
+BENCH_READY := $(VENV)/ready-bench
+TEST_READY := $(VENV)/ready-test
+NATIVE_READY := $(VENV)/ready-native
+LEVELS_READY := $(VENV)/ready-levels
 NATIVE_SOURCES := setup.py $(shell find csrc -type f)
 
 # What a release of PyTorch or Triton can break.
@@ -16,42 +20,62 @@ VERSION_TESTS := $(addprefix test_,$(addsuffix .py,asymmetric_attention backends
 
 .PHONY: bench test test-python test-kernels test-oldest lint native wheel gpu gpu-full clean
 
-bench: $(READY)  ## how much faster and smaller than plain PyTorch, on this machine
-	$(BIN)/python -m benchmarks --quick --out $(OUT)
+bench: $(BENCH_READY) $(NATIVE_READY)  ## how much faster and smaller than plain PyTorch, on this machine
+	@echo "make: the benchmark"
+	@$(BIN)/python -m benchmarks --quick --out $(OUT)
 
-test: $(READY)  ## every test; the Triton kernels run in Triton's interpreter, in a process of their own
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-python test-kernels
+# Every test; the Triton kernels run in Triton's interpreter, in a process of their own.
+test: $(TEST_READY) $(LEVELS_READY)
+	@echo "make: the tests, in two processes"
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-python test-kernels
 
-test-python: $(READY)
+test-python: $(TEST_READY) $(LEVELS_READY)
 	$(BIN)/python -m pytest
 
-test-kernels: $(READY)
+test-kernels: $(TEST_READY) $(LEVELS_READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
 
 test-oldest: $(OLDEST)/ready  ## the oldest PyTorch and Triton, against the package as it installs from its sdist
 	cd tests && ../$(OLDEST)/bin/pytest $(VERSION_TESTS)
 	cd tests && TRITON_INTERPRET=1 ../$(OLDEST)/bin/pytest interpreter -k "accuracy_of_shapes or prologue"
 
-lint: $(READY)
+lint: $(TEST_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
-native: $(READY)  ## rebuild the extension in place
+native: $(NATIVE_READY)  ## rebuild the extension in place
 
-# The extension is built against the torch of this environment, hence no build isolation.
-$(READY): pyproject.toml $(NATIVE_SOURCES)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "setuptools>=64" wheel ninja "torch>=2.10" numpy
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
-	touch $@
+# Without the extension, which the rules below build in place: pip would build it anew whenever it installs a package.
+$(BENCH_READY): pyproject.toml
+	@echo "make: the virtual environment $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "make: PyTorch and the packages of the benchmark"
+	@$(BIN)/python -m pip install --quiet "setuptools>=64" wheel ninja
+	@ANNNET_NATIVE=0 $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[bench]"
+	@touch $@
+
+$(TEST_READY): $(BENCH_READY)
+	@echo "make: the packages of the tests and linters"
+	@ANNNET_NATIVE=0 $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+# Built against the torch of this environment. Each rule leaves behind what the other one must know of it.
+$(NATIVE_READY): $(NATIVE_SOURCES) | $(BENCH_READY)
+	@echo "make: the C++ extension, for this processor"
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@rm -f $(LEVELS_READY)
+	@touch $@
+
+$(LEVELS_READY): $(NATIVE_SOURCES) | $(BENCH_READY)
+	@echo "make: the C++ extension, for every instruction level that this processor has"
+	@ANNNET_CPU_LEVELS=runnable $(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $(NATIVE_READY) $@
 
 # Not in place, where the extension is built for the torch of $(VENV). Triton 3.6's interpreter fails with NumPy 2.4.
 $(OLDEST)/ready: pyproject.toml $(NATIVE_SOURCES) $(shell find annnet_kernels -name '*.py')
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
 	$(OLDEST)/bin/python -m pip install --quiet "setuptools>=64" wheel ninja build pytest hypothesis "torch==2.10.*" "numpy<2.4"
 	rm -rf $(OLDEST)/sdist
 	$(OLDEST)/bin/python -m build --sdist --no-isolation --outdir $(OLDEST)/sdist

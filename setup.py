@@ -6,6 +6,9 @@
 | environment          | effect                                                                                  |
 | ANNNET_NATIVE=0      | no extension                                                                            |
 | ANNNET_CUDA=0        | no CUDA part                                                                            |
+| ANNNET_CPU_LEVELS    | instruction levels of the CPU kernels beside the baseline: `native` (default), the      |
+|                      | highest that this processor has; `runnable`, all that it has; `all`, for a wheel that   |
+|                      | other machines install; or names, as `avx2,avx512`                                      |
 | ANNNET_DEBUG=1       | -O0 -g instead of -O3                                                                   |
 | CXX, MAX_JOBS        | compiler and parallel jobs, as everywhere in PyTorch                                    |
 | CUDA_HOME            | toolkit, instead of that of the nvcc on the PATH                                        |
@@ -23,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +43,7 @@ except ImportError:
 
 NAME = "annnet_kernels._C"
 COMMAND = "pip install --no-build-isolation ."
+CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
 
@@ -65,6 +70,35 @@ def compiler_problem() -> str | None:
     if probe.returncode == 0:
         return None
     return f"the C++ compiler {compiler} does not compile Python.h ({first_line(probe.stderr)})"
+
+
+def processor_level() -> str:
+    """The highest instruction level of this processor, asked by a program; the highest of all if that does not run."""
+    code = "int main(int, char**) { return static_cast<int>(annnet::processor_level()); }\n"
+    with tempfile.TemporaryDirectory() as folder:
+        program = f"{folder}/level"
+        command = [cpp_extension.get_cxx_compiler(), "-std=c++17", "-Icsrc", "-x", "c++", "-", "-o", program]
+        try:
+            subprocess.run(command, input=f'#include "cpu/processor.h"\n{code}', check=True, text=True)
+            return CPU_LEVELS[subprocess.run([program]).returncode]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            return CPU_LEVELS[-1]
+
+
+def cpu_levels() -> list[str]:
+    """The instruction levels to build, lowest first; the baseline is always among them."""
+    wanted = os.environ.get("ANNNET_CPU_LEVELS") or "native"
+    if wanted == "all":
+        return list(CPU_LEVELS)
+    if wanted in ("native", "runnable"):
+        own = CPU_LEVELS.index(processor_level())
+        return [name for i, name in enumerate(CPU_LEVELS) if i in (0, own) or (wanted == "runnable" and i < own)]
+    names = wanted.split(",")
+    unknown = [name for name in names if name not in CPU_LEVELS]
+    if unknown:
+        expected = f"native, runnable, all or names out of {', '.join(CPU_LEVELS)}"
+        raise SystemExit(f"environment variable ANNNET_CPU_LEVELS: expected {expected}, got {unknown[0]!r}")
+    return [name for name in CPU_LEVELS if name in ("baseline", *names)]
 
 
 class Missing(Exception):
@@ -144,17 +178,23 @@ def compile_cuda(folder: Path) -> CudaPart | None:
 def cpu_extension() -> Extension:
     """The CPU part. -fopenmp makes at::parallel_for parallel; at link time it would bring in a second OpenMP runtime
     beside torch's own, so there it is not given and the symbols come from the one that libtorch_cpu is linked to."""
-    sources = [Path("csrc/library.cpp"), *sorted(Path("csrc/cpu").rglob("*.cpp"))]
-    optimise = ["-O0", "-g"] if os.environ.get("ANNNET_DEBUG") == "1" else ["-O3", "-g0"]
+    sources = ["csrc/host.cpp", "csrc/cpu/levels.cpp"]
+    optimise = ["-O0", "-g"] if os.environ.get("ANNNET_DEBUG") == "1" else ["-O2", "-g0"]
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     return cpp_extension.CppExtension(
         NAME,
-        sources=[str(source) for source in sources],
+        sources=sources,
         include_dirs=[str(Path("csrc").resolve())],
         # -Wno-…: GCC 12 warns of the undefined vectors in its own immintrin.h.
         extra_compile_args={"cxx": [*optimise, *openmp, "-Wno-maybe-uninitialized"]},
         optional=True,
     )
+
+
+def add_levels(extension: Extension, levels: list[str]) -> None:
+    """The kernels of these levels; they come first, since each takes longer to compile than all else."""
+    extension.sources = [f"csrc/cpu/levels/{name}.cpp" for name in reversed(levels)] + extension.sources
+    extension.define_macros += [(f"ANNNET_BUILDS_{name.upper()}", None) for name in levels]
 
 
 def add_cuda(extension: Extension, part: CudaPart) -> None:
@@ -191,6 +231,9 @@ else:
                 return
             problem = compiler_problem()
             if problem is None:
+                levels = cpu_levels()
+                print(f"annnet_kernels: building the C++ extension for {', '.join(levels)}", flush=True)
+                add_levels(self.extensions[0], levels)
                 problem = self.build_with(self.cuda_part())
             if problem is not None:
                 leave_out("the C++ extension", problem)

@@ -34,11 +34,19 @@ def _versions() -> Iterator[str]:
     yield f"Python {platform.python_version()}, torch {torch.__version__}, " + ", ".join(packages)
     if found["triton"] is None:
         yield "Triton: not installed"
-    failure = native.why_not("cpu")
-    yield f"C++ extension: {f'not used: {failure}' if failure else f'loaded, CPU level {native.cpu_level()}'}"
+    yield f"C++ extension: {_extension()}"
     yield f"CUDA part of it: {', '.join(native.cuda_targets()) or 'none'}"
     requested = backends.requested_backend()
     yield f"requested backend: {requested or 'none, the device chooses'} (ANNNET_BACKEND)"
+
+
+def _extension() -> str:
+    failure = native.why_not("cpu")
+    if failure is not None:
+        return f"not used: {failure}"
+    own, built = native.processor_level(), native.built_cpu_levels()
+    lacking = "" if own in built else f"; this processor has {own}, for which a build made on it would add kernels"
+    return f"loaded, CPU level {native.cpu_level()} (built: {', '.join(built)}){lacking}"
 
 
 def _version(package: str) -> str | None:

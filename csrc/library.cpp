@@ -54,13 +54,28 @@ namespace {
 
 PyObject* cpu_level(PyObject*, PyObject*) { return PyUnicode_FromString(annnet::level_name(annnet::chosen_level())); }
 
-PyObject* cpu_levels(PyObject*, PyObject*) {
-  const int highest = static_cast<int>(annnet::highest_level());
-  PyObject* names = PyTuple_New(highest + 1);
-  for (int i = 0; names != nullptr && i <= highest; ++i)
-    PyTuple_SET_ITEM(names, i, PyUnicode_FromString(annnet::level_name(static_cast<annnet::Level>(i))));
+PyObject* processor_level(PyObject*, PyObject*) {
+  return PyUnicode_FromString(annnet::level_name(annnet::processor_level()));
+}
+
+// Names of the levels in this library up to `highest`, lowest first.
+PyObject* names_of_levels(annnet::Level highest) {
+  PyObject* names = PyList_New(0);
+  for (int i = 0; names != nullptr && i <= static_cast<int>(highest); ++i) {
+    const auto level = static_cast<annnet::Level>(i);
+    if (!annnet::is_built(level)) continue;
+    PyObject* name = PyUnicode_FromString(annnet::level_name(level));
+    if (name == nullptr || PyList_Append(names, name) != 0) Py_CLEAR(names);
+    Py_XDECREF(name);
+  }
   return names;
 }
+
+PyObject* built_levels(PyObject*, PyObject*) {
+  return names_of_levels(static_cast<annnet::Level>(annnet::kLevels - 1));
+}
+
+PyObject* cpu_levels(PyObject*, PyObject*) { return names_of_levels(annnet::processor_level()); }
 
 PyObject* parts(PyObject*, PyObject*) {
   const auto pooling = c10::Dispatcher::singleton().findSchemaOrThrow("annnet_native::pyramid_pool", "");
@@ -83,7 +98,9 @@ PyObject* bin_edges(PyObject*, PyObject* args) {
 
 PyMethodDef methods[] = {
     {"cpu_level", cpu_level, METH_NOARGS, "Name of the instruction level that the CPU kernels use."},
-    {"cpu_levels", cpu_levels, METH_NOARGS, "Names of the levels that this processor has, lowest first."},
+    {"cpu_levels", cpu_levels, METH_NOARGS, "Names of the levels that can run here, lowest first."},
+    {"built_levels", built_levels, METH_NOARGS, "Names of the levels in this library, lowest first."},
+    {"processor_level", processor_level, METH_NOARGS, "Name of the highest level that this processor has."},
     {"bin_edges", bin_edges, METH_VARARGS, "pyramid.bin_edges(length, bins) as the C++ code computes it."},
     {"parts", parts, METH_NOARGS, "Device types with kernels in this library."},
     {nullptr, nullptr, 0, nullptr},
@@ -102,13 +119,11 @@ bool apply_environment() {
                  wanted);
     return false;
   }
-  if (level > annnet::highest_level()) {
-    return PyErr_WarnFormat(PyExc_RuntimeWarning, 1,
-                            "environment variable ANNNET_CPU_LEVEL: this processor has no %s, using %s", wanted,
-                            annnet::level_name(annnet::highest_level())) == 0;
-  }
   annnet::choose_level(level);
-  return true;
+  if (annnet::chosen_level() == level) return true;
+  const char* const who = level > annnet::processor_level() ? "this processor" : "this build of annnet_kernels";
+  return PyErr_WarnFormat(PyExc_RuntimeWarning, 1, "environment variable ANNNET_CPU_LEVEL: %s has no %s, using %s", who,
+                          wanted, annnet::level_name(annnet::chosen_level())) == 0;
 }
 
 }  // namespace

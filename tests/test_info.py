@@ -19,10 +19,19 @@ def test_it_prints_versions_devices_level_and_who_serves_what():
     for expected in (f"annnet_kernels {ak.__version__}", f"torch {torch.__version__}", "cpu: ", "requested backend:"):
         assert expected in printed
     if native.cpu_level() is not None:
-        assert f"CPU level {native.cpu_level()}" in printed
+        assert f"CPU level {native.cpu_level()} (built: {', '.join(native.built_cpu_levels())})" in printed
     table = [line.split() for line in printed.splitlines()]
     for operator in ("pyramid_pool", "asymmetric_attention", "asymmetric_attention_bwd"):
         assert any(row[:1] == [operator] and len(row) == 5 for row in table), operator
+
+
+def test_a_build_without_the_level_of_this_processor_is_named(monkeypatch):
+    monkeypatch.setattr(native, "why_not", lambda *_: None)
+    monkeypatch.setattr(native, "cpu_level", lambda: "baseline")
+    monkeypatch.setattr(native, "built_cpu_levels", lambda: ("baseline", "avx512"))
+    for own, named in (("avx2", True), ("avx512", False)):
+        monkeypatch.setattr(native, "processor_level", lambda own=own: own)
+        assert (f"this processor has {own}, for which" in info.report()) == named
 
 
 @pytest.mark.parametrize("request_", [None, "reference"])

@@ -1,9 +1,10 @@
-"""setup.py's CUDA part: what it finds, what it builds for, and that nothing that fails in it costs the CPU part."""
+"""setup.py: its instruction levels; its CUDA part, and that nothing that fails in that costs the CPU part."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from annnet_kernels import native
 
 CHECKOUT = Path(__file__).parent.parent
 if not (CHECKOUT / "setup.py").exists():
@@ -31,9 +34,80 @@ def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.chdir(CHECKOUT)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in ("CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "ANNNET_CUDA", "ANNNET_DEBUG", "CPATH", "CXX"):
+    for name in (
+        "CUDA_HOME",
+        "TORCH_CUDA_ARCH_LIST",
+        "ANNNET_CUDA",
+        "ANNNET_CPU_LEVELS",
+        "ANNNET_DEBUG",
+        "CPATH",
+        "CXX",
+    ):
         monkeypatch.delenv(name, raising=False)
     return module
+
+
+@pytest.mark.parametrize(
+    ("wanted", "processor", "expected"),
+    [
+        (None, "avx2", ["baseline", "avx2"]),
+        ("native", "baseline", ["baseline"]),
+        ("native", "avx512_bf16", ["baseline", "avx512_bf16"]),
+        ("runnable", "avx512", ["baseline", "avx2", "avx512"]),
+        ("all", "baseline", ["baseline", "avx2", "avx512", "avx512_bf16"]),
+        ("avx512,avx2", "baseline", ["baseline", "avx2", "avx512"]),
+    ],
+)
+def test_instruction_levels_to_build(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, wanted: str | None, processor: str, expected: list[str]
+) -> None:
+    monkeypatch.setattr(build, "processor_level", lambda: processor)
+    if wanted is not None:
+        monkeypatch.setenv("ANNNET_CPU_LEVELS", wanted)
+    assert build.cpu_levels() == expected
+
+
+def test_an_unknown_instruction_level_is_an_error_that_names_them(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANNNET_CPU_LEVELS", "avx2,sse9")
+    with pytest.raises(SystemExit, match=r"ANNNET_CPU_LEVELS: expected native, runnable, all or .*, got 'sse9'"):
+        build.cpu_levels()
+
+
+def test_the_level_of_this_processor_is_what_the_extension_says(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if native.why_not("cpu") is not None:
+        pytest.skip(f"native: {native.why_not('cpu')}")
+    assert build.processor_level() == native.processor_level()
+    monkeypatch.setenv("CXX", "/bin/false")
+    assert build.processor_level() == "avx512_bf16", "where it cannot be asked, everything is built"
+
+
+def test_a_library_without_a_level_uses_the_next_lower_one(build: ModuleType, tmp_path: Path) -> None:
+    """csrc/cpu/levels.cpp with empty tables of kernels: its choice under every limit."""
+    own = build.CPU_LEVELS.index(build.processor_level())
+    for built in (["baseline"], ["baseline", "avx2"], ["baseline", "avx512"], list(build.CPU_LEVELS)):
+        tables = "".join(f"namespace {name} {{ extern const Kernels kernels{{}}; }}" for name in built)
+        source = tmp_path / "choice.cpp"
+        source.write_text(f"""#include "cpu/levels.cpp"
+            #include <cstdio>
+            namespace annnet {{ {tables} }}
+            int main() {{
+              for (int i = 0; i < annnet::kLevels; ++i) {{
+                annnet::choose_level(static_cast<annnet::Level>(i));
+                std::puts(annnet::level_name(annnet::chosen_level()));
+              }}
+            }}""")
+        defines = [f"-DANNNET_BUILDS_{name.upper()}" for name in built]
+        compiler = build.cpp_extension.get_cxx_compiler()
+        program = tmp_path / "choice"
+        subprocess.run([compiler, "-std=c++20", "-Icsrc", *defines, source, "-o", program], check=True)
+        chosen = subprocess.run([program], check=True, capture_output=True, text=True).stdout.split()
+        for limit, name in enumerate(chosen):
+            usable = [other for i, other in enumerate(build.CPU_LEVELS) if other in built and i <= min(limit, own)]
+            assert name == usable[-1], (built, build.CPU_LEVELS[limit])
 
 
 @pytest.fixture

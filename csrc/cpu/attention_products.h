@@ -117,11 +117,11 @@ void contract_channels(int64_t begin, int64_t end, int64_t pixels, int64_t token
                        MapRows<T> rows, Acc<T>* weights, ReadAhead& ahead) {
   const int64_t stride = leading_dimension<T>(tokens), depth = end - begin;
   const Element<T>* const chunk = by_channel + begin / Operand<T>::kStep * stride;
-  const ToBuffer<T> sink{weights, weights_stride<kByPixel, T>(tokens), begin > 0};
+  const ToBuffer<Acc<T>> sink{weights, weights_stride<kByPixel, T>(tokens), begin > 0};
   if constexpr (kByPixel)
-    multiply<T>(pixels, tokens, depth, ByRow<T>{rows.data, rows.stride}, chunk, stride, sink, ahead);
+    multiply(pixels, tokens, depth, ByRow<Element<T>>{rows.data, rows.stride}, chunk, stride, sink, ahead);
   else
-    multiply<T>(tokens, pixels, depth, ByDepth<T>{chunk, stride}, rows.data, rows.stride, sink, ahead);
+    multiply(tokens, pixels, depth, ByDepth<Element<T>>{chunk, stride}, rows.data, rows.stride, sink, ahead);
 }
 
 // Sink: `rows` × `columns` of a dense map whose rows are channels (kChannelRows) or pixels, plus an addend if given.
@@ -153,17 +153,22 @@ void contract_tokens(const Attention& args, void* map, int64_t channels, Block b
   const AttentionSizes& s = args.sizes;
   const int64_t stride = leading_dimension<T>(channels), count = block.pixels.end - block.pixels.begin;
   T* const target = static_cast<T*>(map) + block.image * s.pixels * channels;
-  if (kByPixel || args.channels_last) {
-    const ToMap<false, T> sink{target + block.pixels.begin * channels, channels, count, channels, addend};
-    if constexpr (kByPixel)
-      multiply<T>(count, channels, s.tokens, ByRow<T>{weights, leading_dimension<T>(s.tokens)}, by_token, stride, sink,
-                  ahead);
-    else
-      multiply<T>(count, channels, s.tokens, ByDepth<T>{weights, kBlockStride<T>}, by_token, stride, sink, ahead);
-  } else {
+  const auto by_channel = [&] {
     const ToMap<true, T> sink{target + block.pixels.begin, s.pixels, channels, count, addend};
-    multiply<T>(channels, count, s.tokens, ByDepth<T>{by_token, stride}, weights, kBlockStride<T>, sink, ahead);
-  }
+    multiply(channels, count, s.tokens, ByDepth<Element<T>>{by_token, stride}, weights, kBlockStride<T>, sink, ahead);
+  };
+  const auto by_pixel = [&](const auto& rows) {
+    const ToMap<false, T> sink{target + block.pixels.begin * channels, channels, count, channels, addend};
+    multiply(count, channels, s.tokens, rows, by_token, stride, sink, ahead);
+  };
+  if constexpr (kByPixel)
+    by_pixel(ByRow<Element<T>>{weights, leading_dimension<T>(s.tokens)});
+  else if constexpr (Operand<T>::kStep == 1)
+    by_channel();
+  else if (args.channels_last)
+    by_pixel(ByDepth<Element<T>>{weights, kBlockStride<T>});
+  else
+    by_channel();
 }
 
 // sums[channel][token] (+)= Σ_pixel map(channel, pixel) weights[pixel][token], for the channels of a chunk. Its rows
@@ -173,15 +178,17 @@ void contract_pixels(const Positions<T>& map, int64_t begin, int64_t end, int64_
                      const Element<T>* weights_by_pixel, MapRows<T> rows, Element<T>* chunk, Acc<T>* sums, bool add,
                      ReadAhead& ahead) {
   const int64_t stride = leading_dimension<T>(tokens), count = end - begin;
-  const ToBuffer<T> sink{sums + begin * stride, stride, add};
+  const ToBuffer<Acc<T>> sink{sums + begin * stride, stride, add};
   if constexpr (Operand<T>::kStep > 1) {
     const int64_t chunk_stride = leading_dimension<T>(count);
     pack_positions<T>(map, begin, end, chunk, chunk_stride);
-    multiply<T>(count, tokens, map.count, ByDepth<T>{chunk, chunk_stride}, weights_by_pixel, stride, sink, ahead);
+    multiply(count, tokens, map.count, ByDepth<Element<T>>{chunk, chunk_stride}, weights_by_pixel, stride, sink, ahead);
   } else if constexpr (kByPixel) {
-    multiply<T>(count, tokens, map.count, ByDepth<T>{rows.data, rows.stride}, weights_by_pixel, stride, sink, ahead);
+    multiply(count, tokens, map.count, ByDepth<Element<T>>{rows.data, rows.stride}, weights_by_pixel, stride, sink,
+             ahead);
   } else {
-    multiply<T>(count, tokens, map.count, ByRow<T>{rows.data, rows.stride}, weights_by_pixel, stride, sink, ahead);
+    multiply(count, tokens, map.count, ByRow<Element<T>>{rows.data, rows.stride}, weights_by_pixel, stride, sink,
+             ahead);
   }
 }
 

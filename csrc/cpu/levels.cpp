@@ -4,16 +4,21 @@
 
 namespace annnet {
 
+// setup.py defines ANNNET_BUILDS_… for every level whose file it compiles beside the baseline's.
 namespace baseline {
 extern const Kernels kernels;
 }
-#if defined(__x86_64__)
+#ifdef ANNNET_BUILDS_AVX2
 namespace avx2 {
 extern const Kernels kernels;
 }
+#endif
+#ifdef ANNNET_BUILDS_AVX512
 namespace avx512 {
 extern const Kernels kernels;
 }
+#endif
+#ifdef ANNNET_BUILDS_AVX512_BF16
 namespace avx512_bf16 {
 extern const Kernels kernels;
 }
@@ -21,17 +26,35 @@ extern const Kernels kernels;
 
 namespace {
 
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+// Indexed by level; null where the level is not built.
+const Kernels* const kTables[] = {
+    &baseline::kernels,
+#ifdef ANNNET_BUILDS_AVX2
+    &avx2::kernels,
+#else
+    nullptr,
+#endif
+#ifdef ANNNET_BUILDS_AVX512
+    &avx512::kernels,
+#else
+    nullptr,
+#endif
+#ifdef ANNNET_BUILDS_AVX512_BF16
+    &avx512_bf16::kernels,
+#else
+    nullptr,
+#endif
+};
 
-Level level = highest_level();
+Level level = best_level(processor_level());
 
 }  // namespace
 
-const char* level_name(Level level) { return kNames[static_cast<int>(level)]; }
+const char* level_name(Level level) { return kLevelNames[static_cast<int>(level)]; }
 
 bool level_from_name(const char* name, Level* level) {
-  for (int i = 0; i < 4; ++i) {
-    if (std::strcmp(name, kNames[i]) == 0) {
+  for (int i = 0; i < kLevels; ++i) {
+    if (std::strcmp(name, kLevelNames[i]) == 0) {
       *level = static_cast<Level>(i);
       return true;
     }
@@ -39,37 +62,18 @@ bool level_from_name(const char* name, Level* level) {
   return false;
 }
 
-Level highest_level() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Level::avx512_bf16;
-  if (avx512) return Level::avx512;
-  if (avx2) return Level::avx2;
-#endif
-  return Level::baseline;
+bool is_built(Level level) { return kTables[static_cast<int>(level)] != nullptr; }
+
+Level best_level(Level limit) {
+  int best = static_cast<int>(limit < processor_level() ? limit : processor_level());
+  while (kTables[best] == nullptr) --best;
+  return static_cast<Level>(best);
 }
 
 Level chosen_level() { return level; }
 
-void choose_level(Level wanted) { level = wanted; }
+void choose_level(Level limit) { level = best_level(limit); }
 
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  switch (level) {
-    case Level::avx512_bf16:
-      return avx512_bf16::kernels;
-    case Level::avx512:
-      return avx512::kernels;
-    case Level::avx2:
-      return avx2::kernels;
-    case Level::baseline:
-      break;
-  }
-#endif
-  return baseline::kernels;
-}
+const Kernels& kernels() { return *kTables[static_cast<int>(level)]; }
 
 }  // namespace annnet

@@ -1,4 +1,6 @@
-// Instruction levels: every CPU kernel is compiled once per level from one source, and the running processor chooses.
+// Instruction levels: every CPU kernel is compiled from one source, once for each level that is built, and the running
+// processor chooses among those. setup.py builds the baseline and the level of the processor that it runs on, unless
+// ANNNET_CPU_LEVELS asks for others.
 //
 // An operator `op` consists of
 //   cpu/op.h           plain structs of pointers, sizes and strides (the arguments), and `struct OpKernels`, a table of
@@ -14,20 +16,23 @@
 #pragma once
 
 #include "kernels.h"
+#include "processor.h"
 
 namespace annnet {
 
-enum class Level { baseline, avx2, avx512, avx512_bf16 };
+constexpr int kLevels = 4;
 
 const char* level_name(Level level);
 bool level_from_name(const char* name, Level* level);
 
-// The highest level that the running processor has.
-Level highest_level();
+bool is_built(Level level);
 
-// The level in use: the highest one, unless choose_level was called (once, when the library is loaded).
+// The highest level up to `limit` that is built and that the running processor has.
+Level best_level(Level limit);
+
+// The level in use: the best one, unless choose_level lowered it (once, when the library is loaded).
 Level chosen_level();
-void choose_level(Level level);
+void choose_level(Level limit);
 
 // The kernels of the level in use.
 const Kernels& kernels();
