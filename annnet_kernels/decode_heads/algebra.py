@@ -16,6 +16,7 @@ its bias passes: without taps, the result is Σ_i resize(W_i L_i x_i) + Σ_i W_i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,8 @@ def convolve_resized(
         (B, C_out, H, W) in the dtype that a convolution of the maps would have, autocast included.
     """
     columns = weight.split([z.shape[1] for z in maps], dim=1)
+    dtype = _result_dtype(maps[0])
     with no_autocast(maps[0].device.type):
-        dtype = _result_dtype(maps[0])
         terms = [(z.to(dtype), w.to(dtype)) for z, w in zip(maps, columns, strict=True)]
         return _sum_of_resized(terms, bias, size, align_corners)
 
@@ -70,8 +71,8 @@ def fuse_projected(
         (B, C_out, H, W).
     """
     columns = weight.flatten(1).split([linear.shape[0] for linear, _ in projections], dim=1)
+    dtype = _result_dtype(maps[0])
     with no_autocast(maps[0].device.type):
-        dtype = _result_dtype(maps[0])
         constant = None if bias is None else _wide(bias)
         terms = []
         for x, column, (linear, offset) in zip(maps, columns, projections, strict=True):
@@ -190,9 +191,11 @@ def resizing_matrix(
     """
     reach = taps // 2
     pixel = torch.arange(size + 2 * reach, device=device, dtype=torch.float64) - reach
-    source: Tensor = (pixel + 0.5) * (length / size) - 0.5
     if align_corners:
-        source = pixel * ((length - 1) / torch.sym_max(size - 1, 1))
+        steps: Any = torch.sym_max(size - 1, 1)
+        source = pixel * ((length - 1) / steps)
+    else:
+        source = (pixel + 0.5) * (length / size) - 0.5
     position = torch.arange(length, device=device, dtype=torch.float64)
     weights = (1 - (source.clamp(0, length - 1) - position[:, None]).abs()).clamp(min=0)
     weights = weights * ((pixel >= 0) & (pixel < size))
