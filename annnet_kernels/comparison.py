@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -73,7 +74,9 @@ def _undisturbed() -> Iterator[None]:
             torch.random.fork_rng(devices=[]),
             torch.inference_mode(False),  # enables gradients, too
             torch.autocast("cpu", enabled=False),
+            warnings.catch_warnings(),
         ):
+            warnings.simplefilter("ignore")
             yield
     finally:
         random.setstate(states[0])
@@ -82,7 +85,7 @@ def _undisturbed() -> Iterator[None]:
 
 def _randomised_copy(original: nn.Module, dropouts: Callable[[nn.Module], Iterable[nn.Module]]) -> nn.Module:
     """A copy on the CPU in float64, without hooks, with random parameters and running statistics; ``dropouts`` drop."""
-    plain = copy.deepcopy(original).to("cpu", torch.float64).requires_grad_()
+    plain = copy_without_hooks(original).to("cpu", torch.float64).requires_grad_()
     generator = torch.Generator().manual_seed(0)
     for module in dropouts(plain):
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -92,14 +95,21 @@ def _randomised_copy(original: nn.Module, dropouts: Callable[[nn.Module], Iterab
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
             parameter.normal_(std=max(fan_in, 1) ** -0.5, generator=generator)
         for module in plain.modules():
-            for hooks in HOOKS:
-                getattr(module, hooks).clear()
             if isinstance(module, nn.SyncBatchNorm):
                 module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]  # other processes do not take part
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
                 module.running_mean.normal_(generator=generator)
                 cast(Tensor, module.running_var).uniform_(0.5, 2.0, generator=generator)
     return plain
+
+
+def copy_without_hooks(module: nn.Module) -> nn.Module:
+    """A deep copy that can be called without anybody noticing."""
+    twin = copy.deepcopy(module)
+    for part in twin.modules():
+        for hooks in HOOKS:
+            getattr(part, hooks).clear()
+    return twin
 
 
 def block_shapes(parts: Parts) -> list[tuple[int, ...]]:

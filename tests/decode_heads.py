@@ -205,7 +205,7 @@ ALL = {
         f"UPerNet, {_SMP}",
     ),
     "PSPNet, smp": Head(
-        lambda: _smp("PSPDecoder", encoder_channels=[3, 6, 16], out_channels=12), [(16, 7, 5)], _SMP, f"PSPNet, {_SMP}"
+        lambda: _smp("PSPDecoder", encoder_channels=[3, 6, 40], out_channels=12), [(40, 7, 5)], _SMP, f"PSPNet, {_SMP}"
     ),
     "PSPNet, mmseg": Head(lambda: _mmseg("PSPHead", 12, 0), [(12, 7, 5)], _MMSEG, "PSPNet, mmsegmentation"),
     "PSPNet, mmseg, aligned": Head(

@@ -73,6 +73,8 @@ def fuse_projected(
     columns = weight.flatten(1).split([linear.shape[0] for linear, _ in projections], dim=1)
     dtype = _result_dtype(maps[0])
     with no_autocast(maps[0].device.type):
+        # PyTorch takes what the linear layers leave for channels_last, but not in a batch of one
+        layout = torch.channels_last if maps[0].shape[0] > 1 else torch.contiguous_format
         constant = None if bias is None else _wide(bias)
         terms = []
         for x, column, (linear, offset) in zip(maps, columns, projections, strict=True):
@@ -83,8 +85,7 @@ def fuse_projected(
                 x, column = x.to(dtype), _wide(column) @ _wide(linear)
             else:
                 x = F.conv2d(x.to(dtype), linear.to(dtype)[:, :, None, None])
-            x = x.contiguous(memory_format=torch.channels_last)  # as the linear layers would leave it
-            terms.append((x, column.to(dtype)[:, :, None, None]))
+            terms.append((x.contiguous(memory_format=layout), column.to(dtype)[:, :, None, None]))
         return _sum_of_resized(terms, constant, size, align_corners)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..comparison import difference
+from ..comparison import copy_without_hooks, difference
 from . import pspnet, segformer, upernet
 from .algebra import Size
 from .parts import Dialect, is_callable_with, types_of, why_plain
@@ -148,7 +147,7 @@ def _rebuild(original: type[nn.Module], dialect: int, types: tuple[type, ...]) -
 
 def _cost(head: nn.Module, dialect: Dialect, image: Size) -> Cost:
     """Counted without computing: both forwards run on tensors that have no memory."""
-    plain = copy.deepcopy(head).to("meta").eval()
+    plain = copy_without_hooks(head).to("meta").eval()
     parts = dialect.parts(plain)
     weight = parts.join.conv.weight
     height, width = image
