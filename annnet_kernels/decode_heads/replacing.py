@@ -67,13 +67,13 @@ def replace_head(head: nn.Module, dialect: Dialect, verify: bool, image: Size) -
         raise Refusal(reason)
     if verify:
         shapes = [(2, *shape) for shape in dialect.shapes(head, parts, _TRIAL_SIZES.__getitem__)]
-        reason = difference(head, shapes, lambda twin: _retype(twin, dialect), as_list=True)
+        reason = difference(head, shapes, lambda twin: retype(twin, dialect), as_list=True)
         if reason is not None:
             raise Refusal(reason)
     cost = _cost(head, dialect, image)
     if cost.after >= cost.before:
         raise Refusal(f"gains nothing: {cost}")
-    _retype(head, dialect)
+    retype(head, dialect)
     return f"{'compared' if verify else 'not compared'}; {cost}"
 
 
@@ -119,7 +119,8 @@ class ReplacedHead(nn.Module):
 _classes: dict[tuple[type[nn.Module], int, tuple[type, ...]], type[nn.Module]] = {}
 
 
-def _retype(head: nn.Module, dialect: Dialect) -> None:
+def retype(head: nn.Module, dialect: Dialect) -> None:
+    """Exchange the class of a head, and ask nothing."""
     head.__class__ = _class_of(type(head), DIALECTS.index(dialect), types_of(dialect.parts(head)))
 
 
@@ -154,7 +155,7 @@ def _cost(head: nn.Module, dialect: Dialect, image: Size) -> Cost:
     shapes = dialect.shapes(plain, parts, lambda stride: (-(-height // stride), -(-width // stride)))
     features = [torch.empty((1, *shape), device="meta", dtype=weight.dtype) for shape in shapes]
     before = _operations(plain, features)
-    _retype(plain, dialect)
+    retype(plain, dialect)
     return Cost(before, _operations(plain, features), image)
 
 
