@@ -100,8 +100,8 @@ def collapsed_forward(parts: Parts, low: Tensor, high: Tensor, *, recompute: boo
     out = attend()
     if recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         with made_again(out, attend):
-            return _finish(parts.tail, out)
-    return _finish(parts.tail, out)
+            return epilogue(parts.tail, out)
+    return epilogue(parts.tail, out)
 
 
 def _attention(parts: Parts, low: Tensor, high: Tensor, value: Tensor, product: Product) -> Callable[[], Tensor]:
@@ -151,7 +151,7 @@ def _pooled_key(parts: Parts, low: Tensor) -> Tensor:
     return pool_rectified(y, norm, parts.pool_sizes())
 
 
-def _finish(tail: Sequence[nn.Module], out: Tensor) -> Tensor:
+def epilogue(tail: Sequence[nn.Module], out: Tensor) -> Tensor:
     """Norm, activation and dropout behind the bottleneck; a batch norm and what follows it as one reader of ``out``."""
     modules = list(tail)
     if modules and type(modules[0]) in FUSABLE_NORMS and not onnx.exporting():

@@ -1,4 +1,4 @@
-"""Whether a stranger's block computes what its replacement would: both run on private copies, in float64.
+"""Whether a stranger's block or head computes what its replacement would: both run on private copies, in float64.
 
 Everything that could hide a difference is made random first: at the published start the output projection is zero, and
 then plainly different blocks give the same output.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -29,23 +30,31 @@ _DROPOUT = 0.4
 
 
 def difference(
-    block: nn.Module, parts_of: Callable[[nn.Module], Parts], replace: Callable[[nn.Module], None]
+    module: nn.Module,
+    shapes: Sequence[tuple[int, ...]],
+    replace: Callable[[nn.Module], None],
+    *,
+    dropouts: Callable[[nn.Module], Iterable[nn.Module]] = nn.Module.modules,
+    as_list: bool = False,
 ) -> str | None:
-    """How a block's replacement would differ from it; None if outputs, gradients and buffers agree in both modes.
+    """How a module's replacement would differ from it; None if outputs, gradients and buffers agree in both modes.
 
     Args:
-        block: left as it is, buffers and random generators included.
-        parts_of: finds the parts of a copy.
+        module: left as it is, buffers and random generators included.
+        shapes: of the maps that it takes.
         replace: replaces a copy in place.
+        dropouts: finds the modules of a copy of which those that drop shall drop.
+        as_list: whether it takes its maps as one list.
     """
     with _undisturbed():
         try:
-            plain = _randomised_copy(block, parts_of)
+            plain = _randomised_copy(module, dropouts)
             fused = copy.deepcopy(plain)
             replace(fused)
-            maps = _inputs(parts_of(plain))
+            generator = torch.Generator().manual_seed(1)
+            maps = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
             for training in (False, True):
-                expected, got = (_results(module.train(training), maps) for module in (plain, fused))
+                expected, got = (_results(twin.train(training), maps, as_list) for twin in (plain, fused))
                 for name, value in expected.items():
                     error = (got[name] - value).norm() / value.norm().clamp_min(1e-300)
                     if not error <= _TOLERANCE and not (got[name] - value).abs().max() <= _NEGLIGIBLE:
@@ -65,18 +74,20 @@ def _undisturbed() -> Iterator[None]:
             torch.random.fork_rng(devices=[]),
             torch.inference_mode(False),  # enables gradients, too
             torch.autocast("cpu", enabled=False),
+            warnings.catch_warnings(),
         ):
+            warnings.simplefilter("ignore")
             yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
 
 
-def _randomised_copy(block: nn.Module, parts_of: Callable[[nn.Module], Parts]) -> nn.Module:
-    """A copy on the CPU in float64, without hooks, with random parameters and running statistics; its tail drops."""
-    plain = copy.deepcopy(block).to("cpu", torch.float64).requires_grad_()
+def _randomised_copy(original: nn.Module, dropouts: Callable[[nn.Module], Iterable[nn.Module]]) -> nn.Module:
+    """A copy on the CPU in float64, without hooks, with random parameters and running statistics; ``dropouts`` drop."""
+    plain = copy_without_hooks(original).to("cpu", torch.float64).requires_grad_()
     generator = torch.Generator().manual_seed(0)
-    for module in parts_of(plain).tail:
+    for module in dropouts(plain):
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = _DROPOUT
     with torch.no_grad():
@@ -84,8 +95,6 @@ def _randomised_copy(block: nn.Module, parts_of: Callable[[nn.Module], Parts]) -
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
             parameter.normal_(std=max(fan_in, 1) ** -0.5, generator=generator)
         for module in plain.modules():
-            for hooks in HOOKS:
-                getattr(module, hooks).clear()
             if isinstance(module, nn.SyncBatchNorm):
                 module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]  # other processes do not take part
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
@@ -94,21 +103,29 @@ def _randomised_copy(block: nn.Module, parts_of: Callable[[nn.Module], Parts]) -
     return plain
 
 
-def _inputs(parts: Parts) -> list[Tensor]:
-    """One map for a pyramid block, two of different size for a fusion block."""
-    generator = torch.Generator().manual_seed(1)
+def copy_without_hooks(module: nn.Module) -> nn.Module:
+    """A deep copy that can be called without anybody noticing."""
+    twin = copy.deepcopy(module)
+    for part in twin.modules():
+        for hooks in HOOKS:
+            getattr(part, hooks).clear()
+    return twin
+
+
+def block_shapes(parts: Parts) -> list[tuple[int, ...]]:
+    """Of one map for a pyramid block, of two that differ in size for a fusion block."""
     shapes = [(2, parts.query.conv.in_channels, 13, 11)]
     if not parts.is_shared():
         shapes.insert(0, (2, parts.key.conv.in_channels, 10, 9))
-    return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+    return list(shapes)
 
 
-def _results(module: nn.Module, maps: list[Tensor]) -> dict[str, Tensor]:
+def _results(module: nn.Module, maps: list[Tensor], as_list: bool) -> dict[str, Tensor]:
     """Output, every gradient (zero where there is none) and every buffer of one call, whose dropout draws the same."""
     inputs = [x.clone().requires_grad_() for x in maps]
     module.zero_grad()
     torch.default_generator.manual_seed(2)  # the CPU's alone: torch.manual_seed reseeds the user's devices, too
-    out = module(*inputs)
+    out = module(list(inputs)) if as_list else module(*inputs)
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
     (out * weights).sum().backward()
     results = {"the output": out.detach()}

@@ -1,7 +1,8 @@
-"""replace_blocks: the blocks of an existing model run collapsed and fused, and nothing else about it changes.
+"""replace_blocks: the blocks and heads of an existing model run collapsed, and nothing else about it changes.
 
 A replaced block is the same object with the same parameters, keys and hooks; only its class becomes a subclass whose
-``forward`` is the collapsed one. So ``isinstance`` still holds, and restoring is giving the class back.
+``forward`` is the collapsed one. So ``isinstance`` still holds, and restoring is giving the class back. The same holds
+for the decode heads of other networks, in ``decode_heads``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from . import checks
 from .collapse import Parts, collapsed_forward, runs_plain, why_plain
-from .comparison import difference
+from .comparison import block_shapes, difference
+from .decode_heads.replacing import Refusal, ReplacedHead, dialect_of, replace_head, restore_head
 from .dialects import BLOCKS, BlockNames
 from .folding import Foldable, explain
 from .heads import MergingHead, is_published_head
@@ -26,6 +28,7 @@ class ReplacementReport:
     """What :func:`replace_blocks` did: ``replaced`` and ``skipped`` map module names to how and why.
 
     "known code" was published as it stands, "compared" agreed with its replacement, "not compared" was taken on trust.
+    For a head the floating-point operations of its forward follow, before and after, for one image.
     """
 
     replaced: dict[str, str] = field(default_factory=dict)
@@ -33,14 +36,16 @@ class ReplacementReport:
 
     def __str__(self) -> str:
         if not self.replaced and not self.skipped:
-            return "No asymmetric non-local blocks found."
+            return "No asymmetric non-local blocks and no heads that could be replaced found."
         lines = [f"replaced {name or '(the model)'}: {how}" for name, how in self.replaced.items()]
         lines += [f"skipped {name or '(the model)'}: {why}" for name, why in self.skipped.items()]
         return "\n".join(lines)
 
 
-def replace_blocks(model: nn.Module, *, verify: bool = True) -> ReplacementReport:
-    """Make every asymmetric non-local block of ``model`` run collapsed and fused, in place.
+def replace_blocks(
+    model: nn.Module, *, verify: bool = True, heads: bool = True, image_size: tuple[int, int] = (512, 512)
+) -> ReplacementReport:
+    """Make every asymmetric non-local block of ``model`` run collapsed and fused, and known heads at lower cost.
 
     Recognised by structure, wherever their classes were pasted, are the blocks of MendelXu/ANN and mmsegmentation
     (``AFNB`` and ``APNB``) and the simple published variant (``AFNPBlock`` and ``APNBBlock``). Parameters, state-dict
@@ -48,17 +53,26 @@ def replace_blocks(model: nn.Module, *, verify: bool = True) -> ReplacementRepor
     its parts is no longer called: where one of them carries a hook, the block is left alone. The forward of a published
     ``ANNHead`` around a replaced block is exchanged too, for one that :func:`fold_for_inference` can merge.
 
+    Heads are the decode heads of SegFormer (transformers, segmentation_models_pytorch, the names of the paper's code),
+    PSPNet (mmsegmentation, segmentation_models_pytorch) and UPerNet (all three), and copies of them. They concatenate
+    resized maps and convolve them; replaced, they convolve each map at its own size and add what they resized. That is
+    the same function, in training as in evaluation. A head that would not save operations is left alone.
+
     Args:
-        model: any module; may itself be a block.
-        verify: compare a block whose code is none of the published ones with its replacement first, on a private copy
-            with random parameters and running statistics, on the CPU in float64, in evaluation and training mode,
-            outputs, gradients and buffers. A block that differs is left alone, and the report says by how much.
+        model: any module; may itself be a block or a head.
+        verify: compare a head, or a block whose code is none of the published ones, with its replacement first, on a
+            private copy with random parameters and running statistics, on the CPU in float64, in evaluation and
+            training mode, outputs, gradients and buffers. What differs is left alone, and the report says by how much.
+        heads: whether decode heads are replaced, too.
+        image_size: (height, width) in pixels of the image for which the report counts the operations of a head. Its
+            maps are taken to have the usual strides: 4, 8, 16 and 32, and 8 for PSPNet.
 
     Returns:
-        A report of every block that was replaced or skipped, and why; ``print`` it.
+        A report of every block and head that was replaced or skipped, and why; ``print`` it.
 
     Raises:
-        TypeError: ``model`` is no module instance, or ``verify`` no bool.
+        TypeError: ``model`` is no module instance, ``verify`` or ``heads`` no bool, or ``image_size`` no pair.
+        ValueError: a side of ``image_size`` is below 1.
 
     Example:
         >>> import annnet_kernels as ak
@@ -67,8 +81,10 @@ def replace_blocks(model: nn.Module, *, verify: bool = True) -> ReplacementRepor
         replaced (the model): PlainAPNB (mendelxu, known code)
     """
     checks.module("model", model)
-    if not isinstance(verify, bool):
-        raise TypeError(f"verify: expected a bool, got {verify!r} of type {type(verify).__name__}")
+    for option, value in (("verify", verify), ("heads", heads)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{option}: expected a bool, got {value!r} of type {type(value).__name__}")
+    image_size = checks.map_size("image_size", image_size)
     report = ReplacementReport()
     for name, block in model.named_modules():
         if isinstance(block, Foldable):
@@ -85,25 +101,46 @@ def replace_blocks(model: nn.Module, *, verify: bool = True) -> ReplacementRepor
     for head in model.modules():
         if isinstance(getattr(head, "fusion", None), _FusedForward) and is_published_head(head):
             head.__class__ = _head_class(type(head))
+    if heads:
+        _replace_heads(model, "", verify, image_size, report)
     return report
 
 
+def _replace_heads(
+    module: nn.Module, name: str, verify: bool, image: tuple[int, int], report: ReplacementReport
+) -> None:
+    """Replace the heads in ``module``; what is inside a head belongs to it and is not looked at."""
+    kind = type(module).__name__
+    if isinstance(module, ReplacedHead):
+        report.skipped[name] = f"{kind}: runs at each level's resolution already"
+    elif (dialect := dialect_of(module)) is not None:
+        label = f"{kind} ({dialect.family}, {dialect.code}"
+        try:
+            report.replaced[name] = f"{label}, {replace_head(module, dialect, verify, image)})"
+        except Refusal as reason:
+            report.skipped[name] = f"{label}): {reason}"
+    else:
+        for child_name, child in module.named_children():
+            _replace_heads(child, f"{name}.{child_name}".lstrip("."), verify, image, report)
+
+
 def restore_blocks(model: nn.Module) -> ReplacementReport:
-    """Undo :func:`replace_blocks`, in place: every block runs its own forward again.
+    """Undo :func:`replace_blocks`, in place: every block and head runs its own forward again.
 
     Args:
         model: a module, or a replaced block itself.
 
     Returns:
-        A report whose ``replaced`` names the blocks that were given back.
+        A report whose ``replaced`` names the blocks and heads that were given back.
 
     Raises:
         TypeError: ``model`` is no module instance.
-        ValueError: something else, such as ``shard_rows`` or ``fully_shard``, has changed a block's class since.
+        ValueError: something else, such as ``shard_rows`` or ``fully_shard``, has changed the class of one since.
     """
     checks.module("model", model)
     report = ReplacementReport()
-    replaced = {n: m for n, m in model.named_modules() if isinstance(m, (_FusedForward, _ReplacedHead))}
+    kinds = (_FusedForward, _ReplacedHead, ReplacedHead)
+    replaced = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
     for name, block in replaced.items():
         if "original" not in vars(type(block)):
             raise ValueError(f"model: {name or 'the model'} was wrapped after it was replaced; unwrap it first")
@@ -113,6 +150,9 @@ def restore_blocks(model: nn.Module) -> ReplacementReport:
             for attribute in ("_fold", "recompute"):
                 vars(block).pop(attribute, None)
             block.__class__ = type(block).original  # type: ignore[assignment]
+            report.replaced[name] = f"{type(block).__name__} restored"
+        elif isinstance(block, ReplacedHead):
+            restore_head(block)
             report.replaced[name] = f"{type(block).__name__} restored"
         else:
             block.__class__ = type(block).original  # type: ignore[assignment]
@@ -139,7 +179,9 @@ def _accepted(block: nn.Module, names: BlockNames, verify: bool) -> str:
         return "known code"
     if not verify:
         return "not compared"
-    reason = difference(block, names.parts, lambda twin: _replace(twin, names))
+    reason = difference(
+        block, block_shapes(parts), lambda twin: _replace(twin, names), dropouts=lambda twin: names.parts(twin).tail
+    )
     if reason is not None:
         raise _Refusal(reason)
     return "compared"

@@ -8,6 +8,8 @@ from typing import Any
 
 from annnet_kernels.pyramid import POOL_SIZES, num_tokens
 
+from . import heads
+
 OPERATORS = ("pyramid_pool", "asymmetric_attention")
 BLOCKS = ("AFNB", "APNB")
 PAIR = "AFNB + 3×3"  # with the convolution behind it in ANNNet, which a fold merges it with
@@ -21,7 +23,7 @@ class Case:
     """One row of the benchmark: an operator, a block or the model on maps of one size.
 
     Args:
-        subject: one of ``OPERATORS``, ``BLOCKS``, ``PAIR`` or ``MODEL``.
+        subject: one of ``OPERATORS``, ``BLOCKS``, ``PAIR``, ``MODEL`` or ``heads.HEADS``.
         training: forward and backward (blocks in training mode) instead of forward alone (evaluation mode).
         size: (height, width) of the feature map; of the image for the model.
         channels: of the input map (AFNB: of the high level). For the attention, of query and value.
@@ -76,6 +78,8 @@ class Case:
             return self.batch * self.channels * num_tokens(POOL_SIZES, POOL_SIZES)
         if self.subject == MODEL:
             return self.batch * CLASSES * height * width * (2 if self.training else 1)
+        if self.subject in heads.NETWORKS:
+            return 1 if self.training else self.batch * heads.CLASSES * height * width // 16
         return self.batch * (self.out_channels or VALUE_CHANNELS) * height * width
 
     def record(self) -> dict[str, Any]:
@@ -110,6 +114,11 @@ def model(size: tuple[int, int], **options: Any) -> tuple[Case, Case]:
     return _both_modes(Case(MODEL, False, size, 3, **options))
 
 
+def head(subject: str, size: tuple[int, int], channels: int = 3, **options: Any) -> tuple[Case, Case]:
+    """A decode head, or a network with one; ``size`` is that of the image for a network, else of the map."""
+    return _both_modes(Case(subject, False, size, channels, **options))
+
+
 def _quick() -> list[Case]:
     """Small maps: both operators, both blocks and the model in under two minutes on two CPU cores."""
     tags = ("quick",)
@@ -122,6 +131,7 @@ def _quick() -> list[Case]:
         apnb_training,
         *afnb((33, 33), tags=tags),
         *model((129, 129), tags=tags),
+        *head(heads.SEGFORMER_B0, (256, 256), tags=tags),
     ]
 
 
@@ -151,6 +161,17 @@ def _cpu() -> list[Case]:
         *afnb((49, 49), layout="channels_last", tags=tags),
         pair((49, 49), tags=tags),
         *model((257, 257), tags=tags),
+    ]
+
+
+def _heads() -> list[Case]:
+    tags = ("cpu", "heads")
+    return [
+        *head(heads.SEGFORMER_B0, (512, 512), tags=tags),
+        *head(heads.SEGFORMER_B2, (512, 512), tags=tags),
+        *head(heads.PSP_HEAD, (49, 49), channels=2048, batch=2, tags=tags, out_channels=19),
+        *head(heads.BOTTLENECK, (128, 128), channels=heads.WIDTH, tags=tags, out_channels=heads.WIDTH),
+        *head(heads.SWIN, (512, 512), tags=tags),
     ]
 
 
@@ -192,10 +213,14 @@ def _memory() -> list[Case]:
     return [apnb(size, dtype="bfloat16", layout="channels_last", tags=("sizes",))[0] for size in sizes]
 
 
-CASES: tuple[Case, ...] = (*_quick(), *_smoke(), *_cpu(), *_gpu(), *_paper(), *_memory())
+CASES: tuple[Case, ...] = (*_quick(), *_smoke(), *_cpu(), *_heads(), *_gpu(), *_paper(), *_memory())
 
 
 def select(tags: Sequence[str], only: Sequence[str] = ()) -> list[Case]:
-    """The cases that bear one of ``tags``; with ``only``, those whose name holds one of these texts."""
+    """The cases that bear one of ``tags``; with ``only``, those whose name holds one of these texts.
+
+    Cases of heads whose package is not installed are left out.
+    """
     chosen = [case for case in CASES if set(tags) & set(case.tags)]
+    chosen = [case for case in chosen if case.subject not in heads.HEADS or heads.is_available(case.subject)]
     return [case for case in chosen if not only or any(text.lower() in case.name.lower() for text in only)]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import annnet_kernels as ak
 
+from . import heads
 from .cases import CLASSES, MODEL, PAIR, Case
 
 NOTE = "backbone ResNet-50 initialised at random (seed 0), normalising with each picture's own statistics"
@@ -90,11 +91,13 @@ class Features:
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(self.device)
 
     def maps(self, case: Case) -> Maps:
-        """The float32 inputs of a case: image; low and high; the map; or query, key map and value map."""
-        if case.subject == MODEL:
+        """The float32 inputs of a case: image; low and high; the map; a pyramid; or query, key map and value map."""
+        if case.subject == MODEL or case.subject in heads.NETWORKS:
             return (self.images(case.size, case.batch),)
         if case.subject == "asymmetric_attention":
             return self._kept(self._projections, case)
+        if case.subject == heads.BOTTLENECK:
+            return self._kept(self._pyramid, case)
         low, high = self._kept(self._stages, case)
         if case.subject in ("AFNB", PAIR):
             return low, high
@@ -117,6 +120,11 @@ class Features:
         images = self.images((8 * height - 7, 8 * width - 7), case.batch)
         stages = [self._backbone().backbone(picture) for picture in images.split(1)]
         return tuple(torch.cat(level) for level in zip(*stages, strict=True))
+
+    def _pyramid(self, case: Case) -> Maps:
+        """Four maps, each of half the size of the one before: the APNB's map, averaged."""
+        (finest,) = self._kept(self._refined, case)
+        return tuple(torch.nn.functional.avg_pool2d(finest, 2**level) for level in range(4))
 
     def _refined(self, case: Case) -> Maps:
         """The map that the APNB takes."""

@@ -136,7 +136,10 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _installed(name) for name in ("torch", "triton", "torchvision", "numpy", "mmsegmentation")},
+        "versions": {
+            name: _installed(name)
+            for name in ("torch", "triton", "torchvision", "numpy", "mmsegmentation", "transformers")
+        },
         "annnet_kernels": annnet_kernels.__version__,
         "extension": _extension(),
         "allocator": keep_large_blocks() if device.type == "cpu" else "PyTorch's caching allocator",

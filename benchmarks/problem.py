@@ -17,6 +17,7 @@ from annnet_kernels.pyramid import POOL_SIZES
 from .cases import MODEL, Case
 from .counting import bytes_of
 from .features import Features, randomise
+from .heads import NETWORKS
 from .measure import Call
 from .providers import COPY, NON_LOCAL, FunctionModule, Provider, template
 
@@ -84,7 +85,7 @@ class Problem:
         elif self.case.layout == "channels_last":
             x = x.contiguous(memory_format=torch.channels_last)
         x = x.detach().clone()
-        return x.requires_grad_(self.case.training and self.case.subject != MODEL)
+        return x.requires_grad_(self.case.training and self.case.subject not in (MODEL, *NETWORKS))
 
     def state(self, seed: int) -> dict[str, Tensor]:
         """Random float32 parameters, with the running statistics that they have on these inputs; {} for operators."""

@@ -20,14 +20,14 @@ from annnet_kernels.pyramid import POOL_SIZES
 from annnet_kernels.reference.blocks import AttentionStage, PlainAFNB, PlainAPNB, PyramidPooling
 from annnet_kernels.reference.truth import pooling_matrix
 
-from . import published
+from . import heads, published
 from .cases import CLASSES, KEY_CHANNELS, MODEL, PAIR, VALUE_CHANNELS, Case
 
 OURS = "ours"
 PLAIN = "plain eager"
 NAIVE = "naive non-local"
 
-ASYMMETRIC, NON_LOCAL, COPY = "asymmetric", "non-local", "copy"
+ASYMMETRIC, NON_LOCAL, COPY, HEAD = "asymmetric", "non-local", "copy", "head"
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Provider:
     Args:
         name: in tables and records.
         build: makes the module for a case; its parameters bear the published names.
-        family: what it computes and is held against: the asymmetric operation, the non-local one, or a copy (which is
-            no computation but the bandwidth limit).
+        family: what it computes and is held against: the asymmetric operation, the non-local one, a decode head of
+            another code base, or a copy (which is no computation but the bandwidth limit).
         compile: mode of ``torch.compile``; None runs eagerly.
         backend: request for ``ak.use_backend``.
         effort: in which selections it runs: "quick", "standard" or "full", each including the ones before it.
@@ -319,6 +319,12 @@ _MODEL = (
     Provider("SDPA on pooled keys", _model_with(SdpaStage, _pyramid)),
     Provider(NAIVE, _model_with(AttentionStage, lambda: nn.Flatten(2)), NON_LOCAL),
 )
+_HEADS = (
+    Provider(OURS, lambda case: heads.replaced(case.subject), HEAD),
+    Provider(PLAIN, lambda case: heads.plain(case.subject), HEAD),
+    Provider("ours compiled", lambda case: heads.replaced(case.subject), HEAD, compile="default", effort="full"),
+    Provider("plain compiled", lambda case: heads.plain(case.subject), HEAD, compile="default", effort="full"),
+)
 _BY_SUBJECT = {
     "pyramid_pool": _POOL,
     "asymmetric_attention": _ATTENTION,
@@ -326,6 +332,7 @@ _BY_SUBJECT = {
     "APNB": _BLOCK,
     PAIR: _PAIR,
     MODEL: _MODEL,
+    **dict.fromkeys(heads.HEADS, _HEADS),
 }
 EFFORTS = ("quick", "standard", "full")
 
@@ -355,4 +362,6 @@ def template(case: Case) -> nn.Module | None:
         return _model(case, blocks="plain")
     if case.subject == PAIR:
         return _pair_of(_plain)(case)
+    if case.subject in heads.HEADS:
+        return heads.plain(case.subject)
     return _plain(case) if case.subject in ("AFNB", "APNB") else None

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import features, machine
 from .cases import MODEL, PAIR, Case
+from .heads import HEADS
 from .runner import NO_TIME, CaseRun, Options, first_line
 
 SCHEMA = 1
@@ -31,6 +32,7 @@ DEFINITIONS = {
     "check": "error relative to float64; the tensor nearest to its bound",
 }
 _WEIGHTS = {"pyramid_pool": 1.0, "asymmetric_attention": 1.5, "APNB": 2.0, "AFNB": 3.0, PAIR: 1.5, MODEL: 3.5}
+_WEIGHTS |= dict.fromkeys(HEADS, 2.0)
 
 
 class Session:

@@ -20,6 +20,7 @@ from annnet_kernels.pyramid import POOL_SIZES
 from annnet_kernels.reference import truth
 
 from .cases import BLOCKS, KEY_CHANNELS, MODEL, PAIR, Case
+from .heads import HEADS, NETWORKS
 from .problem import STATISTICS, Contestant, Problem
 from .providers import NAIVE, NON_LOCAL, OURS, PLAIN, Provider, providers
 
@@ -31,6 +32,7 @@ BOUND = {"float64": 1e-10, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 MODEL_BOUND = 0.1  # a network in training amplifies rounding; its truth is the plain network in float64
 RARE = 0.1  # switching values expected in one run, below which a median of five does not meet one
 NON_LOCAL_SIDE = 33
+HEAD_IMAGE = 128  # pixels of a side, on which the truth of a network with a decode head is computed
 KEEP = 0.95  # of the channels, by the blocks' Dropout2d
 
 Failed = Callable[[Contestant, Exception], None]
@@ -58,6 +60,9 @@ def checked_cases(case: Case, family: str) -> list[Case]:
 
     Where every pixel is a token, few pixels do.
     """
+    if case.subject in HEADS:
+        side = HEAD_IMAGE if case.subject in NETWORKS else HEAD_IMAGE // 4
+        return [replace(case, size=(min(case.size[0], side), min(case.size[1], side)))]
     side = 8 * NON_LOCAL_SIDE - 7 if case.subject == MODEL else NON_LOCAL_SIDE
     height, width = (min(n, side) for n in case.size)
     small = replace(case, size=(height, width), batch=1)
@@ -190,7 +195,7 @@ def _evaluate(
         rows = (x.flatten(2).transpose(1, 2) for x in inputs)
         context = truth.attention(*rows, inputs[0].shape[1] ** -0.5)
         return [context.transpose(1, 2).unflatten(2, case.size)], {}, {}
-    if case.subject in (PAIR, MODEL):
+    if case.subject in (PAIR, MODEL, *HEADS):
         name = NAIVE if family == NON_LOCAL else PLAIN
         (plain,) = (p for p in providers(case, "full") if p.name == name)
         module = plain.build(case).double().train(case.training)
@@ -233,7 +238,7 @@ def _judge(
     worst: tuple[float, str, float, float] = (-1.0, "", 0.0, 0.0)
     for tensor, error in found.items():
         if baseline is None or found is baseline:
-            allowed = MODEL_BOUND if case.subject == MODEL else BOUND[case.dtype]
+            allowed = MODEL_BOUND if case.subject in (MODEL, *NETWORKS) else BOUND[case.dtype]
         else:
             allowed = factor * baseline[tensor] + FLOOR[case.dtype]
         if tensor.startswith("gradient"):
