@@ -12,13 +12,43 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from . import checks
-from .collapse import Parts, collapsed_forward, runs_plain
-from .dialects import PUBLISHED
+from .collapse import Parts, collapsed_forward
 from .folding import Foldable, explain
 from .pyramid import POOL_SIZES
 from .reference.blocks import AttentionStage, NormLayer, PlainAFNB, PlainAPNB, PoolSizes, PyramidPooling
+from .requirements import parts_to_collapse
+from .structures import Path, Structure, path_of
 
-CONTAINERS = (AttentionStage, PyramidPooling, nn.Sequential, nn.ModuleList)
+
+def _structure(*tail: str) -> Structure:
+    """Where the modules of a block are, as the constructor makes them; ``tail`` is what follows the bottleneck's first.
+
+    The settings that a published stage has are the widths of its keys and values.
+    """
+    stage = ("stages", "0")
+    containers: dict[Path, type[nn.Module]] = {stage: AttentionStage, (*stage, "psp"): PyramidPooling}
+    pools = (*stage, "psp", "stages")
+    containers[pools] = nn.ModuleList
+    for role in ("f_key", "f_query"):
+        containers |= {(*stage, role): nn.Sequential, (*stage, role, "1"): nn.Sequential}
+    paths = [path_of(f"conv_bn_dropout.{name}") for name in tail]
+    containers |= {path[:end]: nn.Sequential for path in paths for end in range(1, len(path))}
+    key, query = (((*stage, f, "0"), (*stage, f, "1", "0"), (*stage, f, "1", "1")) for f in ("f_key", "f_query"))
+    value, out = (*stage, "f_value"), (*stage, "W")
+    return Structure(
+        key,
+        query,
+        value,
+        out,
+        ("conv_bn_dropout", "0") if tail else None,
+        tuple(paths),
+        pools,
+        tuple(containers.items()),
+        widths=((stage, "key_channels", query[0]), (stage, "value_channels", value)),
+    )
+
+
+_FUSION, _PYRAMID, _CONTEXT = _structure("1", "2"), _structure("1.0", "1.1", "2"), _structure()
 
 
 class AFNB(Foldable, PlainAFNB):
@@ -91,17 +121,17 @@ class AFNB(Foldable, PlainAFNB):
         self.recompute = recompute
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        parts = self.parts()
-        checks.block_inputs(low=(low, parts.key.conv), high=(high, parts.query.conv))
-        if runs_plain(parts):
+        parts = parts_to_collapse(self, low, high)
+        if parts is None:
             return super().forward(low, high)
+        checks.block_inputs(low=(low, parts.key.conv), high=(high, parts.query.conv))
         if (fold := self.current_fold()) is not None:
             return fold.forward(parts, low, high)
         return collapsed_forward(parts, low, high, recompute=self.recompute)
 
     def parts(self) -> Parts:
         """The modules that the collapse reads."""
-        return PUBLISHED.parts(self)._replace(container_types=CONTAINERS)
+        return (_CONTEXT if self._modules.get("conv_bn_dropout") is None else _FUSION).parts(self)
 
     def extra_repr(self) -> str:
         return explain(self)
@@ -161,17 +191,17 @@ class APNB(Foldable, PlainAPNB):
         self.recompute = recompute
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.parts()
-        checks.block_inputs(x=(x, parts.query.conv))
-        if runs_plain(parts):
+        parts = parts_to_collapse(self, x)
+        if parts is None:
             return super().forward(x)
+        checks.block_inputs(x=(x, parts.query.conv))
         if (fold := self.current_fold()) is not None:
             return fold.forward(parts, x, x)
         return collapsed_forward(parts, x, x, recompute=self.recompute)
 
     def parts(self) -> Parts:
         """The modules that the collapse reads."""
-        return PUBLISHED.parts(self)._replace(container_types=CONTAINERS)
+        return (_CONTEXT if self._modules.get("conv_bn_dropout") is None else _PYRAMID).parts(self)
 
     def extra_repr(self) -> str:
         return explain(self)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .checkpoint_files import read_state_dict, state_dict_of
+from .checkpoint_files import read_state_dict, state_dict_of, unwrapped
 from .checkpoint_names import CONV_NORM_PAIRS, Entry, Layout, block_prefix, key_in_block, key_in_network, locate
 
 DIALECTS = ("mmseg", "mendelxu", "paddleseg")
@@ -60,19 +60,21 @@ class CheckpointReport:
 
 
 def load_checkpoint(
-    block_or_model: nn.Module, path: str | os.PathLike[str], *, strict: bool = False
+    block_or_model: nn.Module, path: str | os.PathLike[str] | Mapping[str, Any], *, strict: bool = False
 ) -> CheckpointReport:
     """Load a checkpoint of MendelXu/ANN, mmsegmentation or PaddleSeg into a block or network, whatever its dialect.
 
-    Only weights are read; nothing in the file is executed. Containers (``state_dict``, ``model``) and prefixes of
-    wrappers (``module.``) are looked through. A bias ahead of a batch norm that the model does not have is folded into
+    Only weights are read; nothing in the file is executed. Options, paths and NumPy's numbers beside the weights are
+    read over. The state dict may be inside of other containers, and wrappers' prefixes (``module.``) anywhere in its
+    keys. A bias ahead of a batch norm that the model does not have is folded into
     the running mean. From a whole network's file a block takes its part. What is around the head, a backbone, is
     loaded where all its keys and shapes are the model's.
 
     Args:
         block_or_model: :class:`AFNB`, :class:`APNB`, :class:`ANNNet`, or a block, head or network of any dialect,
             replaced or not.
-        path: a file that ``torch.save`` wrote, or a ``.pdparams`` file of Paddle.
+        path: a file that ``torch.save`` wrote, a ``.safetensors`` file (with that package), or a ``.pdparams`` file of
+            Paddle; or a mapping, what was read from a file.
         strict: a block or head is always loaded completely or not at all. True refuses as well to leave anything
             around it, a backbone or an auxiliary head, as initialised; False reports it.
 
@@ -80,11 +82,11 @@ def load_checkpoint(
         A report of what went where and what did not; ``print`` it.
 
     Raises:
-        TypeError: ``block_or_model`` is no module instance or ``path`` no path.
+        TypeError: ``block_or_model`` is no module instance, or ``path`` neither a path nor a mapping.
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or holds more than weights, a key of a block or head is missing or unknown, a
-            shape differs, or two copies of a shared projection disagree. The message names the key, and the model is
-            as it was.
+        ValueError: the file is damaged or holds objects of other types, several state dicts or several heads; a key of
+            a block or head is missing or unknown, a shape differs, or two copies of a shared projection disagree. The
+            message names the type, the state dicts or the key, and the model is as it was.
 
     Example:
         >>> import tempfile, torch, annnet_kernels as ak
@@ -337,7 +339,8 @@ def _surroundings(
         relative = mine.removeprefix(
             target.root
         )  # the root is a wrapper's, or the head's own and the backbone is beside it
-        key = next((key for key in (source.root + relative, relative, mine) if key in state), None)
+        names = (source.root + relative, relative, mine)
+        key = next((key for key in (*names, *map(unwrapped, names)) if key in state), None)
         if key is not None and state[key].shape == own[mine].shape:
             pairs[mine] = key
         elif not _counts(mine):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -131,7 +132,9 @@ class ANNNet(nn.Module):
         self.align_corners = align_corners
 
     @classmethod
-    def from_checkpoint(cls, path: str | os.PathLike[str], *, strict: bool = False, **options: Any) -> ANNNet:
+    def from_checkpoint(
+        cls, path: str | os.PathLike[str] | Mapping[str, Any], *, strict: bool = False, **options: Any
+    ) -> ANNNet:
         """A network with the weights of a checkpoint of MendelXu/ANN, mmsegmentation or PaddleSeg.
 
         Its head is loaded, whatever the dialect; its backbone only if that is torchvision's. The attribute

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 
@@ -17,3 +19,17 @@ def exporting() -> bool:
 def jit_tracing() -> bool:
     """Whether ``torch.jit`` traces, as the older of the two exporters to ONNX does."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def symbolic(*values: object) -> bool:
+    """Whether ``torch.fx`` traces with stand-ins for these values, which are no tensors."""
+    proxy = getattr(sys.modules.get("torch.fx"), "Proxy", None)
+    return proxy is not None and any(isinstance(value, proxy) for value in values)
+
+
+def vmapped() -> bool:
+    """Whether ``torch.vmap`` is at work, at whatever depth of transforms."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
