@@ -128,13 +128,16 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool) -
             problems.append(f"{weight.origin} has {tuple(weight.tensor.shape)}, expected {tuple(own[key].shape)}")
         else:
             found[key], report.loaded[key] = weight.tensor, weight.origin
-    surroundings = _surroundings(target, source, own, state)
+    surroundings = _surroundings(target, source, own, state) | _alike(target, source, own, state)
     found |= {key: state[origin] for key, origin in surroundings.items()}
     report.loaded |= surroundings
     report.initialised |= {key: "the file's backbone is another" for key in target.rest if key not in surroundings}
-    report.initialised |= {key: "the file's head has no such part" for key in target.unknown}
+    report.initialised |= {
+        key: "the file's head has no such part" for key in target.unknown if key not in surroundings
+    }
     report.unused = sorted(state.keys() - {*report.loaded.values(), *report.folded})
-    problems += [f"{key} has no place in the model" for key in _left_over(weights, target, source)]
+    left_over = [key for key in _left_over(weights, target, source) if key not in surroundings.values()]
+    problems += [f"{key} has no place in the model" for key in left_over]
     if strict:
         problems += [f"{line} would stay as initialised" for line in report.kept()]
     if problems:
@@ -346,6 +349,15 @@ def _surroundings(
         elif not _counts(mine):
             return {}
     return pairs
+
+
+def _alike(
+    target: Layout, source: Layout, own: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """What model and file have in the head beyond any dialect, such as the slope of a PReLU, where names are equal."""
+    theirs = {key.removeprefix(source.prefix): key for key in source.unknown}
+    pairs = {mine: theirs.get(mine.removeprefix(target.prefix), "") for mine in target.unknown}
+    return {mine: key for mine, key in pairs.items() if key and state[key].shape == own[mine].shape}
 
 
 def _counts(key: str) -> bool:

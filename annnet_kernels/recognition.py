@@ -69,6 +69,7 @@ def is_published(block: nn.Module, names: BlockNames, parts: Parts) -> bool:
         and all(type(role.norm) in FUSABLE_NORMS and type(role.activation) is nn.ReLU for role in parts[:2])
         and all(type(module) in (*FUSABLE_NORMS, nn.ReLU, nn.Dropout2d) for module in parts.tail)
         and _width(block, names) == parts.query.conv.out_channels
+        and (parts.join is not None or not names.bottleneck)
     )
 
 
