@@ -7,6 +7,7 @@ A replaced block is the same object with the same parameters, keys and hooks; on
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,6 +186,16 @@ class _FusedForward(Foldable):
         return _rebuild, (type(self).original, type(self).structure), self.__getstate__()
 
 
+def _forward_like(original: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a replaced block, which whoever asks sees with the names of the original's arguments."""
+
+    def forward(self: _FusedForward, *args: Any, **kwargs: Any) -> Any:
+        return _FusedForward.forward(self, *args, **kwargs)
+
+    forward.__wrapped__ = original.forward  # type: ignore[attr-defined]  # what inspect, torch.fx and torch.export read
+    return forward
+
+
 _fused_classes: dict[tuple[type[nn.Module], Structure], type[nn.Module]] = {}
 
 
@@ -195,6 +206,7 @@ def _fused_class(original: type[nn.Module], structure: Structure) -> type[nn.Mod
         members = {
             "original": original,
             "structure": structure,
+            "forward": _forward_like(original),
             "__module__": original.__module__,
             "__doc__": original.__doc__,
         }

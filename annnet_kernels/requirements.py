@@ -51,7 +51,8 @@ def changed_modules(parts: Parts) -> str | None:
         if parametrize.is_parametrized(module):
             actual = actual.__bases__[0]
         if kind is not None and actual is not kind:
-            return f"{actual.__name__} in the place of {kind.__name__}"
+            name = actual.__name__ if actual.__name__ != kind.__name__ else f"{actual.__module__}.{actual.__name__}"
+            return f"{name} in the place of {kind.__name__}"
         if "forward" in module.__dict__:
             return f"{actual.__name__} with a forward of its own"
         for hooks in HOOKS:
@@ -137,13 +138,9 @@ def watching_hooks(parts: Parts) -> str | None:
     return None
 
 
-def traced_with_gradients(parts: Parts) -> str | None:
-    """``torch.jit.trace`` records autograd Functions as calls into Python, and statistics for one size."""
-    if not jit_tracing() or onnx.exporting():
-        return None
-    if torch.is_grad_enabled():
-        return "torch.jit.trace with gradients enabled"
-    return "torch.jit.trace in training mode" if _trains(parts) else None
+def traced_by_jit(parts: Parts) -> str | None:
+    """``torch.jit.trace`` records autograd Functions as calls into Python, and the check of its trace has no gradients."""
+    return "torch.jit.trace" if jit_tracing() and not onnx.exporting() else None
 
 
 def exported_for_training(parts: Parts) -> str | None:
@@ -167,7 +164,7 @@ LASTING: tuple[Rule, ...] = (
     other_widths,
     differing_calls,
 )
-PASSING: tuple[Rule, ...] = (watching_hooks, traced_with_gradients, exported_for_training, vectorised)
+PASSING: tuple[Rule, ...] = (watching_hooks, traced_by_jit, exported_for_training, vectorised)
 
 TO_COLLAPSE = LASTING + PASSING
 """What a block must be, and be called in, to run collapsed."""

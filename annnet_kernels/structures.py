@@ -77,6 +77,7 @@ class Structure:
             "query": self.query,
             "single": (self.value, self.out, self.join, self.pools),
             "tail": self.tail,
+            "optional": tuple(path for path in self.tail if kinds.get(path[:-1]) is nn.Sequential),
             "containers": tuple(kinds),
             "settings": tuple(owner for owner, _, _ in self.settings),
             "owners": tuple(owner for owner, _, _ in self.widths),
@@ -96,7 +97,7 @@ class Structure:
         found: list[Any] = [block]
         for parent, name, kind in self._steps:
             child = found[parent]._modules.get(name)
-            if child is None:
+            if child is None and len(found) not in self._places["optional"]:
                 raise OddStructure(f"{type(found[parent]).__name__} without a module {name!r}")
             if kind is not None and type(child) is not kind:
                 raise OddStructure(f"{type(child).__name__} in the place of {kind.__name__}")
@@ -127,7 +128,7 @@ class Structure:
             value=found[value],
             out=found[out],
             join=found[join] if join else None,
-            tail=[found[index] for index in places["tail"]],
+            tail=[found[index] for index in places["tail"] if found[index] is not None],
             pools=levels,
             containers=containers,
             widths=[
