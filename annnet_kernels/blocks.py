@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from . import checks
-from .collapse import Parts, collapsed_forward
+from .collapse import Parts
 from .folding import Foldable, explain
 from .pyramid import POOL_SIZES
 from .reference.blocks import AttentionStage, NormLayer, PlainAFNB, PlainAPNB, PoolSizes, PyramidPooling
@@ -125,9 +125,7 @@ class AFNB(Foldable, PlainAFNB):
         if parts is None:
             return super().forward(low, high)
         checks.block_inputs(low=(low, parts.key.conv), high=(high, parts.query.conv))
-        if (fold := self.current_fold()) is not None:
-            return fold.forward(parts, low, high)
-        return collapsed_forward(parts, low, high, recompute=self.recompute)
+        return self.run(parts, low, high)
 
     def parts(self) -> Parts:
         """The modules that the collapse reads."""
@@ -195,9 +193,7 @@ class APNB(Foldable, PlainAPNB):
         if parts is None:
             return super().forward(x)
         checks.block_inputs(x=(x, parts.query.conv))
-        if (fold := self.current_fold()) is not None:
-            return fold.forward(parts, x, x)
-        return collapsed_forward(parts, x, x, recompute=self.recompute)
+        return self.run(parts, x, x)
 
     def parts(self) -> Parts:
         """The modules that the collapse reads."""

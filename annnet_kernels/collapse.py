@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import onnx
 from .autocast import no_autocast
 from .backends import requested_backend, use_backend
 from .functional import asymmetric_attention, pyramid_pool
@@ -148,7 +147,7 @@ def _pooled_key(parts: Parts, low: Tensor) -> Tensor:
 def _finish(tail: Sequence[nn.Module], out: Tensor) -> Tensor:
     """Norm, activation and dropout behind the bottleneck; a batch norm and what follows it as one reader of ``out``."""
     modules = list(tail)
-    if modules and type(modules[0]) in FUSABLE_NORMS and not onnx.exporting():
+    if modules and type(modules[0]) in FUSABLE_NORMS:
         norm = modules.pop(0)
         relu = len(modules) > 0 and type(modules[0]) is nn.ReLU  # torch 2.11 traces no bool() of a list
         if relu:
@@ -162,8 +161,7 @@ def _finish(tail: Sequence[nn.Module], out: Tensor) -> Tensor:
 
 def _is_fusable(projection: Projection) -> bool:
     """Whether readers can normalise and rectify; any other norm or activation is called as the module it is."""
-    fusable = type(projection.norm) in FUSABLE_NORMS and type(projection.activation) is nn.ReLU
-    return fusable and not onnx.exporting()
+    return type(projection.norm) in FUSABLE_NORMS and type(projection.activation) is nn.ReLU
 
 
 def _raw(projection: Projection, x: Tensor, calls: int) -> tuple[Tensor, Normalization]:

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, onnx
 from .autocast import no_autocast
-from .collapse import Parts, chain_product, constant_of, matrices_of, weights_of
+from .collapse import Parts, chain_product, collapsed_forward, constant_of, matrices_of, weights_of
 from .functional import pyramid_pool
 from .normalization import (
     FUSABLE_NORMS,
@@ -123,6 +123,15 @@ class Foldable(nn.Module):
     def unfold(self) -> None:
         """Forget what was folded."""
         self._fold = None
+
+    def run(self, parts: Parts, low: Tensor, high: Tensor) -> Tensor:
+        """The block's output by the collapse, by what it was folded into, or in standard operators for ONNX."""
+        if onnx.exporting():
+            return onnx.block_forward(parts, low, high)
+        fold = self.current_fold()
+        if fold is not None:
+            return fold.forward(parts, low, high)
+        return collapsed_forward(parts, low, high, recompute=self.recompute)
 
     def current_fold(self) -> Fold | None:
         """The fold, if it may be used now: without gradients, outside traced code, with nothing changed since."""

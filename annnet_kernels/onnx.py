@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import tracers
+
+if TYPE_CHECKING:
+    from .collapse import Parts, Projection
 
 
 def exporting() -> bool:
@@ -74,6 +77,30 @@ def asymmetric_attention(query: Tensor, key: Tensor, value: Tensor, scale: float
     attention = logits.softmax(dim=1)
     out = value @ attention.to(value.dtype)
     return out.view(query.shape[0], value.shape[1], query.shape[2], query.shape[3]), attention
+
+
+def block_forward(parts: Parts, low: Tensor, high: Tensor) -> Tensor:
+    """The output of a block, every weight as it is, so that the graph holds it as an initializer.
+
+    The value path runs on the pooled tokens, as in the collapse. The halves of the bottleneck's weight stay together:
+    in a graph they would be computed, and tools that quantise weights look for constant ones.
+    """
+    query = _projected(parts.query, high)
+    key = query if parts.is_shared() else _projected(parts.key, low)
+    heights, widths = zip(*parts.pool_sizes(), strict=True)
+    value = parts.out(parts.value(pyramid_pool(low, heights, widths)[:, :, :, None]))[:, :, :, 0]
+    tokens = pyramid_pool(key, heights, widths)
+    out, _ = asymmetric_attention(query, tokens, value, query.shape[1] ** -0.5)
+    if parts.join is not None:
+        out = parts.join(torch.cat([out, high], dim=1))
+        for module in parts.tail:
+            out = module(out)
+    return out
+
+
+def _projected(projection: Projection, x: Tensor) -> Tensor:
+    projected: Tensor = projection.activation(projection.norm(projection.conv(x)))
+    return projected
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import checks
-from .collapse import Parts, collapsed_forward
+from .collapse import Parts
 from .comparison import difference
 from .dialects import BlockNames
 from .folding import Foldable, explain
@@ -163,9 +163,7 @@ class _FusedForward(Foldable):
         maps = None if parts is None else self._maps(args, kwargs, count=1 if parts.is_shared() else 2)
         if parts is None or maps is None:
             return type(self).original.forward(self, *args, **kwargs)
-        if (fold := self.current_fold()) is not None:
-            return fold.forward(parts, maps[0], maps[-1])
-        return collapsed_forward(parts, maps[0], maps[-1], recompute=self.recompute)
+        return self.run(parts, maps[0], maps[-1])
 
     def _maps(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> tuple[Tensor, ...] | None:
         """The maps that the block is called with, by position or name; None if it is not called with just them."""
