@@ -8,7 +8,9 @@ constructs, calls and loads checkpoints into.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
+import torch
 from torch import Tensor, nn
 
 from . import checks
@@ -74,6 +76,7 @@ class AFNB(Foldable, PlainAFNB):
             2600 channels per pixel that this block keeps, 512 of an APNB's about 790, in float32). Its price is one
             more product of ``high`` and one more attention forward. Compiled code ignores it; activation checkpointing
             recomputes all by itself and needs it off. An attribute of the same name can be set at any time.
+        device, dtype: of parameters and buffers, as PyTorch's own modules take them; None means PyTorch's defaults.
 
     Shapes:
         low (B, low_in_channels, H_l, W_l), high (B, high_in_channels, H, W) → (B, out_channels, H, W). Any strides;
@@ -105,19 +108,24 @@ class AFNB(Foldable, PlainAFNB):
         *,
         bottleneck: bool = True,
         recompute: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            low_in_channels,
-            high_in_channels,
-            out_channels,
-            key_channels,
-            value_channels,
-            dropout,
-            sizes,
-            norm_layer,
-            psp_size,
-            bottleneck=bottleneck,
-        )
+        with nullcontext() if device is None else torch.device(device):
+            super().__init__(
+                low_in_channels,
+                high_in_channels,
+                out_channels,
+                key_channels,
+                value_channels,
+                dropout,
+                sizes,
+                norm_layer,
+                psp_size,
+                bottleneck=bottleneck,
+            )
+        if dtype is not None:
+            self.to(dtype)
         self.recompute = recompute
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
@@ -144,8 +152,8 @@ class APNB(Foldable, PlainAPNB):
     Args:
         in_channels: channels of ``x`` (512 in ANNNet).
         out_channels: channels of the output (512).
-        key_channels, value_channels, dropout, sizes, norm_layer, psp_size, bottleneck, recompute: as for :class:`AFNB`;
-            the tail has a ReLU between norm and dropout.
+        key_channels, value_channels, dropout, sizes, norm_layer, psp_size, bottleneck, recompute,
+            device, dtype: as for :class:`AFNB`; the tail has a ReLU between norm and dropout.
 
     Shapes:
         x (B, in_channels, H, W) → (B, out_channels, H, W). Strides and dtypes as for :class:`AFNB`.
@@ -174,18 +182,23 @@ class APNB(Foldable, PlainAPNB):
         *,
         bottleneck: bool = True,
         recompute: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            key_channels,
-            value_channels,
-            dropout,
-            sizes,
-            norm_layer,
-            psp_size,
-            bottleneck=bottleneck,
-        )
+        with nullcontext() if device is None else torch.device(device):
+            super().__init__(
+                in_channels,
+                out_channels,
+                key_channels,
+                value_channels,
+                dropout,
+                sizes,
+                norm_layer,
+                psp_size,
+                bottleneck=bottleneck,
+            )
+        if dtype is not None:
+            self.to(dtype)
         self.recompute = recompute
 
     def forward(self, x: Tensor) -> Tensor:
