@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def exporting() -> bool:
     """Whether an exporter to ONNX is tracing; the first two questions are cheap and seldom answered with yes."""
-    return (tracers.exporting() or tracers.jit_tracing()) and torch.onnx.is_in_onnx_export()
+    return (tracers.exporting() or tracers.jit_tracing()) and tracers.exporting_to_onnx()
 
 
 def pyramid_pool(x: Tensor, heights: Sequence[int], widths: Sequence[int]) -> Tensor:

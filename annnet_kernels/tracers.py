@@ -21,6 +21,18 @@ def jit_tracing() -> bool:
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
+def exporting_to_onnx() -> bool:
+    """Whether an exporter to ONNX is at work.
+
+    ``torch.onnx.is_in_onnx_export()`` tells, but in code that ``torch.compile`` traces, as the exporter's second attempt
+    does, it is taken for false: there the exporter's own flag is read.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        return torch.onnx.is_in_onnx_export()
+    flags = sys.modules.get("torch.onnx._internal.exporter._flags")
+    return flags is not None and bool(flags._is_onnx_exporting)
+
+
 def symbolic(*values: object) -> bool:
     """Whether ``torch.fx`` traces with stand-ins for these values, which are no tensors."""
     proxy = getattr(sys.modules.get("torch.fx"), "Proxy", None)
