@@ -27,6 +27,9 @@ from .checks import shown
 WRAPPERS = ("module.", "_orig_mod.")
 """What DataParallel and ``torch.compile`` put ahead of a key, or into it where they hold a part of a model."""
 
+_AVERAGED = "n_averaged"
+"""Where PyTorch's AveragedModel counts."""
+
 _DEPTH = 4
 """So deep may the state dict be in what a file holds."""
 
@@ -93,7 +96,7 @@ def state_dict_of(content: object, argument: str) -> dict[str, Tensor] | None:
             raise ValueError(f"{argument}: {key}: expected a tensor, got a NumPy array")
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
-        if isinstance(key, str) and isinstance(value, Tensor):
+        if isinstance(key, str) and isinstance(value, Tensor) and key != _AVERAGED:
             name = unwrapped(key)
             if name in tensors and not torch.equal(tensors[name], value):
                 raise ValueError(f"{argument}: {key} is there twice, with and without the prefix of a wrapper")

@@ -132,9 +132,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool) -
     found |= {key: state[origin] for key, origin in surroundings.items()}
     report.loaded |= surroundings
     report.initialised |= {key: "the file's backbone is another" for key in target.rest if key not in surroundings}
-    report.initialised |= {
-        key: "the file's head has no such part" for key in target.unknown if key not in surroundings
-    }
+    report.initialised |= {key: "the file's head has no such part" for key in target.unknown if key not in surroundings}
     report.unused = sorted(state.keys() - {*report.loaded.values(), *report.folded})
     left_over = [key for key in _left_over(weights, target, source) if key not in surroundings.values()]
     problems += [f"{key} has no place in the model" for key in left_over]
@@ -351,9 +349,7 @@ def _surroundings(
     return pairs
 
 
-def _alike(
-    target: Layout, source: Layout, own: Mapping[str, Tensor], state: Mapping[str, Tensor]
-) -> dict[str, str]:
+def _alike(target: Layout, source: Layout, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, str]:
     """What model and file have in the head beyond any dialect, such as the slope of a PReLU, where names are equal."""
     theirs = {key.removeprefix(source.prefix): key for key in source.unknown}
     pairs = {mine: theirs.get(mine.removeprefix(target.prefix), "") for mine in target.unknown}

@@ -181,7 +181,9 @@ def _unread_weight(conv: torch.nn.Conv2d) -> torch.Tensor:
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> str:
     """One of a few names."""
     if not isinstance(value, str):
-        raise TypeError(f"{name}: expected one of {', '.join(choices)}, got {shown(value)} of type {type(value).__name__}")
+        raise TypeError(
+            f"{name}: expected one of {', '.join(choices)}, got {shown(value)} of type {type(value).__name__}"
+        )
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {shown(value)}")
     return value

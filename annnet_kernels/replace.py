@@ -71,7 +71,7 @@ def replace_blocks(model: nn.Module, *, verify: bool = True) -> ReplacementRepor
     """
     checks.module("model", model)
     if not isinstance(verify, bool):
-        raise TypeError(f"verify: expected a bool, got {verify!r} of type {type(verify).__name__}")
+        raise TypeError(f"verify: expected a bool, got {checks.shown(verify)} of type {type(verify).__name__}")
     report = ReplacementReport()
     for name, block in model.named_modules():
         if isinstance(block, Foldable):

@@ -133,9 +133,7 @@ class Structure:
             containers=containers,
             widths=[
                 (attribute, getattr(found[owner], attribute), found[conv])
-                for (_, attribute, _), owner, conv in zip(
-                    self.widths, places["owners"], places["fitting"], strict=True
-                )
+                for (_, attribute, _), owner, conv in zip(self.widths, places["owners"], places["fitting"], strict=True)
             ],
         )
 
@@ -195,7 +193,11 @@ def structure_of(block: nn.Module, places: Places) -> Structure:
 
     def projection(path: Path) -> tuple[Path, Path | None, Path | None]:
         found = leaves(path)
-        if not 1 <= len(found) <= 3 or not _is_conv(block, found[0]) or any(_is_conv(block, leaf) for leaf in found[1:]):
+        if (
+            not 1 <= len(found) <= 3
+            or not _is_conv(block, found[0])
+            or any(_is_conv(block, leaf) for leaf in found[1:])
+        ):
             expected = "a convolution, then at most a norm and an activation"
             raise OddStructure(f"{'.'.join(path)} holds {described(found)}; expected {expected}")
         conv, *rest = found
@@ -264,7 +266,9 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _is_library(module: nn.Module) -> bool:
-    return any(base.__module__.startswith("torch.nn.modules.") and base is not nn.Module for base in type(module).__mro__)
+    return any(
+        base.__module__.startswith("torch.nn.modules.") and base is not nn.Module for base in type(module).__mro__
+    )
 
 
 def _is_conv(block: nn.Module, path: Path) -> bool:

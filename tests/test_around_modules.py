@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.utils.prune
-from block_rule import CLASSES, HIGH, KEY, LOW, OUT, VALUE, assert_same, build, draw_maps, output_weights, results
+from block_rule import CLASSES, HIGH, KEY, LOW, VALUE, assert_same, build, draw_maps, output_weights, results
 from torch import nn
 
 import annnet_kernels as ak
@@ -60,7 +60,9 @@ def broadcast_on_a_cpu(tensors, devices, detach=False):
     return [list(tensors_of_device) for tensors_of_device in copies]
 
 
-@pytest.mark.tool("torch.nn.DataParallel", "works", "replicas: outputs, gradients and statistics as plain, folds left aside")
+@pytest.mark.tool(
+    "torch.nn.DataParallel", "works", "replicas: outputs, gradients and statistics as plain, folds left aside"
+)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_replicas_of_data_parallel(pair, training, monkeypatch):
     monkeypatch.setattr(sys.modules["torch.nn.parallel.replicate"], "_broadcast_coalesced_reshape", broadcast_on_a_cpu)
@@ -75,7 +77,9 @@ def test_replicas_of_data_parallel(pair, training, monkeypatch):
         outputs = [replica(*maps) for replica in replicas]
         sum((out * weights).sum() for out in outputs).backward()
         gradients = {f"grad {name}": p.grad for name, p in block.named_parameters()}
-        found.append({"first": outputs[0].detach(), "second": outputs[1].detach(), **gradients, **dict(block.named_buffers())})
+        found.append(
+            {"first": outputs[0].detach(), "second": outputs[1].detach(), **gradients, **dict(block.named_buffers())}
+        )
     assert_same(*found)
     assert "collapsed" in repr(nn.parallel.replicate(fused, [0, 1])[1])
 
@@ -118,7 +122,9 @@ def exchange(block, path, make):
         setattr(owner, name, make(getattr(owner, name)))
 
 
-@pytest.mark.tool("adapters (LoRA) around inner convolutions", "runs plain", "one or all of them; the repr names the module")
+@pytest.mark.tool(
+    "adapters (LoRA) around inner convolutions", "runs plain", "one or all of them; the repr names the module"
+)
 @pytest.mark.parametrize("paths", [*((path,) for path in CONVOLUTIONS), CONVOLUTIONS], ids=str)
 def test_adapters_around_convolutions(pair, paths):
     def adapt(block):
@@ -156,7 +162,9 @@ IDENTITIES = (
 )
 
 
-@pytest.mark.tool("nn.Identity in the place of a module", "works", "plain where a projection loses its norm and activation")
+@pytest.mark.tool(
+    "nn.Identity in the place of a module", "works", "plain where a projection loses its norm and activation"
+)
 @pytest.mark.parametrize("path", IDENTITIES)
 def test_identities(pair, path):
     def empty(block):
@@ -238,7 +246,9 @@ def test_a_fused_convolution_and_norm(pair):
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated.*")
-@pytest.mark.tool("torch.ao.quantization.prepare_qat, prepare", "runs plain", "eager mode: fake quantisation and observers")
+@pytest.mark.tool(
+    "torch.ao.quantization.prepare_qat, prepare", "runs plain", "eager mode: fake quantisation and observers"
+)
 @pytest.mark.parametrize("way", ["qat", "observers"])
 def test_eager_quantisation(pair, way):
     quantization = pytest.importorskip("torch.ao.quantization", reason="this PyTorch has no eager quantisation")

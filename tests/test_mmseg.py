@@ -111,7 +111,10 @@ def test_what_cannot_be_fused_is_left_alone_or_refused_with_its_reason(name):
 
 @pytest.mark.parametrize(
     ("bottleneck", "reason"),
-    [(None, "could not be compared: TypeError"), (torch.nn.Identity(), "not built as expected: bottleneck holds nothing")],
+    [
+        (None, "could not be compared: TypeError"),
+        (torch.nn.Identity(), "not built as expected: bottleneck holds nothing"),
+    ],
     ids=["none", "empty"],
 )
 def test_a_block_without_its_bottleneck_is_left_alone(bottleneck, reason):

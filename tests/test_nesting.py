@@ -98,7 +98,11 @@ NESTINGS = {
 
 def build(kind, nesting):
     """A published block whose three convolutions with norms are nested otherwise."""
-    pasted = published.AFNB(LOW, HIGH, OUT, KEY, VALUE, 0.0) if kind == "AFNB" else published.APNB(HIGH, OUT, KEY, VALUE, 0.0)
+    pasted = (
+        published.AFNB(LOW, HIGH, OUT, KEY, VALUE, 0.0)
+        if kind == "AFNB"
+        else published.APNB(HIGH, OUT, KEY, VALUE, 0.0)
+    )
     stage = pasted.stages[0]
     stage.f_key = nesting(LOW if kind == "AFNB" else HIGH, KEY)
     stage.f_query = nesting(HIGH, KEY) if kind == "AFNB" else stage.f_key
@@ -146,7 +150,10 @@ def test_a_flat_copys_checkpoint_loads_into_our_block_and_ours_into_the_copy(kin
 
 
 REFUSED = {
-    "two convolutions": (flat(lambda o: conv(o, o), relu), "stages.0.f_key holds Conv2d, Conv2d, ReLU; expected a convolution"),
+    "two convolutions": (
+        flat(lambda o: conv(o, o), relu),
+        "stages.0.f_key holds Conv2d, Conv2d, ReLU; expected a convolution",
+    ),
     "dropout": (flat(norm, relu, lambda o: nn.Dropout2d(0.1)), "holds Conv2d, BatchNorm2d, ReLU, Dropout2d; expected"),
     "functional activation": (FunctionalAct, "computes something else: the output differs by"),
     "grouped": (lambda i, o: nn.Conv2d(i, o, 1, groups=2), "Conv2d is no plain 1 × 1 convolution"),
