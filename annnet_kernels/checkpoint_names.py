@@ -83,7 +83,7 @@ def locate(state: Mapping[str, Tensor], block: str | None = None) -> Layout:
         ValueError: it holds neither, or several blocks and no head; the message is what was found.
     """
     blocks = find_blocks(state)
-    heads = {}
+    heads: dict[str, Layout] = {}
     for head in HEADS:
         for prefix, names in blocks.items():
             if names.dialect == head.dialect and prefix.endswith(head.fusion + "."):

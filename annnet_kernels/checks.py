@@ -139,7 +139,8 @@ def block_options(dropout: object, sizes: object, norm_layer: object) -> None:
         raise ValueError(f"dropout: expected a probability from 0 to 1, got {shown(dropout)}")
     if not isinstance(sizes, (tuple, list)) or tuple(sizes) != (1,):
         raise ValueError(
-            f"sizes: expected (1,), got {shown(sizes)}; other query scales crash or are ignored in every published code base"
+            f"sizes: expected (1,), got {shown(sizes)}; "
+            f"other query scales crash or are ignored in every published code base"
         )
     if not callable(norm_layer):
         raise TypeError(f"norm_layer: expected a callable that takes a channel count, got {shown(norm_layer)}")

@@ -54,7 +54,10 @@ class BlockNames:
         settings += [(("stages",), LENGTH, 1)] if self.pools.startswith("stages.") else []
         bottleneck = self.bottleneck if block._modules.get(self.bottleneck) is not None else ""
         places = Places(
-            *(path_of(self._role(slot)) for slot in ("key.conv", "query.conv", "value", "out")),
+            path_of(self._role("key.conv")),
+            path_of(self._role("query.conv")),
+            path_of(self._role("value")),
+            path_of(self._role("out")),
             path_of(self.pools),
             path_of(bottleneck) if bottleneck else None,
             tuple(settings),

@@ -116,7 +116,7 @@ class Foldable(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Foldable:
         """A replica for another device; a fold holds products on this one."""
-        replica: Foldable = super()._replicate_for_data_parallel()
+        replica: Foldable = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica._fold = None
         return replica
 

@@ -308,7 +308,7 @@ class _RowSharded(Foldable):
         return f"{super().extra_repr()}, rank {self._rows.rank} of {self._rows.size} row shards"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self).unsharded,), self.__getstate__()
+        return _rebuild, (type(self).unsharded,), nn.Module.__getstate__(self)
 
 
 _FACTS = ("rows", "batch", "width", "width of the high-level map", "dtype", "autocast", "gradients", "mode")

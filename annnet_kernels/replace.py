@@ -181,7 +181,7 @@ class _FusedForward(Foldable):
         return ", ".join(filter(None, (type(self).original.extra_repr(self), explain(self))))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self).original, type(self).structure), self.__getstate__()
+        return _rebuild, (type(self).original, type(self).structure), nn.Module.__getstate__(self)
 
 
 def _forward_like(original: type[nn.Module]) -> Callable[..., Any]:
@@ -218,7 +218,7 @@ class _ReplacedHead(MergingHead):
     original: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild_head, (type(self).original,), self.__getstate__()
+        return _rebuild_head, (type(self).original,), nn.Module.__getstate__(self)
 
 
 _head_classes: dict[type[nn.Module], type[nn.Module]] = {}

@@ -116,7 +116,7 @@ def differing_calls(parts: Parts) -> str | None:
     if not parts.is_shared():
         return None
     conv = parts.query.conv
-    if conv.training and parametrize.is_parametrized(conv) and any(True for _ in conv.parametrizations.buffers()):
+    if conv.training and parametrize.is_parametrized(conv) and _has_state(conv):
         return f"{_name_of(conv)} with a parametrization that moves at each of two calls"
     for module in parts.query[1:]:
         for inner in module.modules():
@@ -139,7 +139,7 @@ def watching_hooks(parts: Parts) -> str | None:
 
 
 def traced_by_jit(parts: Parts) -> str | None:
-    """``torch.jit.trace`` records autograd Functions as calls into Python, and the check of its trace has no gradients."""
+    """``torch.jit.trace`` records autograd Functions as calls into Python, and checks its trace without gradients."""
     return "torch.jit.trace" if jit_tracing() and not onnx.exporting() else None
 
 
@@ -173,6 +173,11 @@ ONCE_GATHERED = tuple(rule for rule in TO_COLLAPSE if rule is not sharded_weight
 """The same for the time when no parameter is sharded any more."""
 
 
+def _has_state(conv: nn.Module) -> bool:
+    """Whether a parametrization of ``conv`` keeps buffers, as that of the spectral norm does."""
+    return any(name.startswith("parametrizations.") for name, _ in conv.named_buffers())
+
+
 class Block(Protocol):
     """A block that knows its parts."""
 
@@ -183,8 +188,8 @@ def why_plain(block: Block, rules: Sequence[Rule] = TO_COLLAPSE) -> str | None:
     """Why ``block`` runs its published forward; None if it may run collapsed. Raises nothing."""
     try:
         parts = block.parts()
-    except OddStructure as reason:
-        return str(reason)
+    except OddStructure as odd:
+        return str(odd)
     return why_not(parts, rules)
 
 
@@ -199,8 +204,8 @@ def parts_to_collapse(block: Block, *maps: object) -> Parts | None:
         return None
     try:
         parts = block.parts()
-    except OddStructure as reason:
-        _say_of_graph(str(reason))
+    except OddStructure as odd:
+        _say_of_graph(str(odd))
         return None
     reason = why_not(parts, LASTING)
     if reason is not None:

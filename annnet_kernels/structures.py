@@ -1,8 +1,8 @@
 """Where the modules of one block are: found once, then followed at every call.
 
-People nest convolution, norm and activation as they like, and leave some of them out. :func:`structure_of` finds them in
-a block of some dialect, whatever the nesting. What it finds is a :class:`Structure`, which reads the modules again at
-every call of the block and notices what somebody has exchanged since.
+People nest convolution, norm and activation as they like, and leave some of them out. :func:`structure_of` finds them
+in a block of some dialect, whatever the nesting. What it finds is a :class:`Structure`, which reads the modules again
+at every call of the block and notices what somebody has exchanged since.
 """
 
 from __future__ import annotations
@@ -70,9 +70,8 @@ class Structure:
         paths = [self.value, self.out, self.pools, *self.tail, *kinds, *owners, *self.key, *self.query, self.join]
         known = {path[:end] for path in paths if path for end in range(1, len(path) + 1)}
         every = [(), *sorted(known, key=lambda path: (len(path), path))]
-        at = {path: index for index, path in enumerate(every)}
-        at[None] = 0
-        places = {
+        at: dict[Path | None, int] = {None: 0} | {path: index for index, path in enumerate(every)}
+        places: dict[str, tuple[Path | None, ...]] = {
             "key": self.key,
             "query": self.query,
             "single": (self.value, self.out, self.join, self.pools),
@@ -202,9 +201,9 @@ def structure_of(block: nn.Module, places: Places) -> Structure:
             raise OddStructure(f"{'.'.join(path)} holds {described(found)}; expected {expected}")
         conv, *rest = found
         if len(rest) == 1:
-            rest = [rest[0], None] if _is_norm(module_at(block, rest[0])) else [None, rest[0]]
-        norm, activation = rest or [None, None]
-        return conv, norm, activation
+            norm = _is_norm(module_at(block, rest[0]))
+            return (conv, rest[0], None) if norm else (conv, None, rest[0])
+        return (conv, rest[0], rest[1]) if rest else (conv, None, None)
 
     def convolution(path: Path) -> Path:
         found = leaves(path)
@@ -214,19 +213,20 @@ def structure_of(block: nn.Module, places: Places) -> Structure:
 
     key, query = projection(places.key), projection(places.query)
     value, out = convolution(places.value), convolution(places.out)
-    join, tail = None, []
+    join: Path | None = None
+    tail: list[Path] = []
     if places.bottleneck is not None:
-        join, *tail = leaves(places.bottleneck) or [None]
-        if join is None or not _is_conv(block, join) or any(_is_conv(block, leaf) for leaf in tail):
-            found = described([join, *tail] if join is not None else [])
+        found = leaves(places.bottleneck)
+        if [_is_conv(block, leaf) for leaf in found] != [True, *(False for _ in found[1:])]:
             expected = "one convolution, then norm, activation and dropout"
-            raise OddStructure(f"{'.'.join(places.bottleneck)} holds {found}; expected {expected}")
-    leaf_paths = [path for path in (*key, *query, value, out, places.pools, join, *tail) if path is not None]
-    for path in leaf_paths:
-        for end in range(1, len(path)):
-            if path[:end] != ("stages",):
-                containers.setdefault(path[:end], type(module_at(block, path[:end])))
-    containers.setdefault(places.pools, type(module_at(block, places.pools)))
+            raise OddStructure(f"{'.'.join(places.bottleneck)} holds {described(found)}; expected {expected}")
+        join, *tail = found
+    parts = [path for path in (*key, *query, value, out, join, *tail) if path is not None]
+    around = {path[:end] for path in (*parts, places.pools) for end in range(1, len(path))} | {places.pools}
+    for path in around - {("stages",)}:
+        module = module_at(block, path)
+        assert module is not None
+        containers.setdefault(path, type(module))
     return Structure(
         key,
         query,

@@ -24,8 +24,8 @@ def jit_tracing() -> bool:
 def exporting_to_onnx() -> bool:
     """Whether an exporter to ONNX is at work.
 
-    ``torch.onnx.is_in_onnx_export()`` tells, but in code that ``torch.compile`` traces, as the exporter's second attempt
-    does, it is taken for false: there the exporter's own flag is read.
+    ``torch.onnx.is_in_onnx_export()`` tells, but it is taken for false in code that ``torch.compile`` traces, which is
+    the exporter's second attempt: there the exporter's own flag is read.
     """
     if not torch.compiler.is_dynamo_compiling():
         return torch.onnx.is_in_onnx_export()

@@ -137,7 +137,7 @@ def test_adapters_around_convolutions(pair, paths):
     assert_equal_calls(fused, plain, kind)
 
 
-@pytest.mark.tool("peft LoraConfig", "runs plain", "until merge_and_unload", package="peft")
+@pytest.mark.tool("peft LoraConfig", "runs plain", "the repr names peft's class", package="peft")
 def test_lora_of_peft(pair):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     targets = ["f_key.0", "f_query.0", "f_value", "W", "conv_bn_dropout.0"]
@@ -411,7 +411,7 @@ def test_the_value_width_is_refused_as_plain_refuses_it():
 @pytest.mark.parametrize("kind", CLASSES)
 def test_skip_init_and_device(kind):
     cls, _, channels = CLASSES[kind]
-    fused, plain = build(kind)
+    _, plain = build(kind)
     made = nn.utils.skip_init(cls, *channels, KEY, VALUE, dropout=0.0, dtype=torch.float64)
     made.load_state_dict(plain.state_dict())
     assert_equal_calls(made, plain, kind)

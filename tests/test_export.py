@@ -63,6 +63,25 @@ def test_a_replaced_block_is_exported_collapsed_under_its_own_names(kind):
     torch.testing.assert_close(program.module()(*maps), replaced(*maps))
 
 
+@pytest.mark.tool(
+    "PT2E quantisation (torchao)",
+    "works",
+    "left unquantised: the program holds this package's operators",
+    package="torchao",
+)
+@pytest.mark.parametrize("kind", block_rule.CLASSES)
+def test_a_quantizer_leaves_the_collapsed_block_as_it_is(kind):
+    quantize = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="torchao is not installed")
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    block, channels = build_block(kind)
+    maps = draw(channels, (2, 13, 11))
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = quantize.prepare_pt2e(torch.export.export(block, maps).module(), quantizer)
+    prepared(*maps)
+    torch.testing.assert_close(quantize.convert_pt2e(prepared)(*maps), block(*maps))
+
+
 @pytest.mark.tool("torch.export of a block in training", "runs plain", "saves, loads and trains")
 @pytest.mark.filterwarnings("ignore:annnet_kernels. .* torch.export in training mode:UserWarning")
 @pytest.mark.parametrize("way", ["own", "replaced"])
