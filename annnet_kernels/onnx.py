@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import tracers
@@ -82,15 +83,19 @@ def asymmetric_attention(query: Tensor, key: Tensor, value: Tensor, scale: float
 def block_forward(parts: Parts, low: Tensor, high: Tensor) -> Tensor:
     """The output of a block, every weight as it is, so that the graph holds it as an initializer.
 
-    The value path runs on the pooled tokens, as in the collapse. The halves of the bottleneck's weight stay together:
-    in a graph they would be computed, and tools that quantise weights look for constant ones.
+    The value path runs on the pooled tokens, as in the collapse, and its last bias is added behind the attention, which
+    would round it. The halves of the bottleneck's weight stay together: in a graph they would be computed, and tools
+    that quantise weights look for constant ones.
     """
     query = _projected(parts.query, high)
     key = query if parts.is_shared() else _projected(parts.key, low)
     heights, widths = zip(*parts.pool_sizes(), strict=True)
-    value = parts.out(parts.value(pyramid_pool(low, heights, widths)[:, :, :, None]))[:, :, :, 0]
+    pooled = pyramid_pool(low, heights, widths)[:, :, :, None]
+    value = F.conv2d(parts.value(pooled), parts.out.weight)[:, :, :, 0]
     tokens = pyramid_pool(key, heights, widths)
     out, _ = asymmetric_attention(query, tokens, value, query.shape[1] ** -0.5)
+    if parts.out.bias is not None:
+        out = out + parts.out.bias.to(out.dtype)[:, None, None]
     if parts.join is not None:
         out = parts.join(torch.cat([out, high], dim=1))
         for module in parts.tail:
