@@ -8,17 +8,49 @@ constructs, calls and loads checkpoints into.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
+import torch
 from torch import Tensor, nn
 
 from . import checks
-from .collapse import Parts, collapsed_forward, runs_plain
-from .dialects import PUBLISHED
+from .collapse import Parts
 from .folding import Foldable, explain
 from .pyramid import POOL_SIZES
 from .reference.blocks import AttentionStage, NormLayer, PlainAFNB, PlainAPNB, PoolSizes, PyramidPooling
+from .requirements import parts_to_collapse
+from .structures import Path, Structure, path_of
 
-CONTAINERS = (AttentionStage, PyramidPooling, nn.Sequential, nn.ModuleList)
+
+def _structure(*tail: str) -> Structure:
+    """Where the modules of a block are, as the constructor makes them; ``tail`` is what follows the bottleneck's first.
+
+    The settings that a published stage has are the widths of its keys and values.
+    """
+    stage = ("stages", "0")
+    containers: dict[Path, type[nn.Module]] = {stage: AttentionStage, (*stage, "psp"): PyramidPooling}
+    pools = (*stage, "psp", "stages")
+    containers[pools] = nn.ModuleList
+    for role in ("f_key", "f_query"):
+        containers |= {(*stage, role): nn.Sequential, (*stage, role, "1"): nn.Sequential}
+    paths = [path_of(f"conv_bn_dropout.{name}") for name in tail]
+    containers |= {path[:end]: nn.Sequential for path in paths for end in range(1, len(path))}
+    key, query = (((*stage, f, "0"), (*stage, f, "1", "0"), (*stage, f, "1", "1")) for f in ("f_key", "f_query"))
+    value, out = (*stage, "f_value"), (*stage, "W")
+    return Structure(
+        key,
+        query,
+        value,
+        out,
+        ("conv_bn_dropout", "0") if tail else None,
+        tuple(paths),
+        pools,
+        tuple(containers.items()),
+        widths=((stage, "key_channels", query[0]), (stage, "value_channels", value)),
+    )
+
+
+_FUSION, _PYRAMID, _CONTEXT = _structure("1", "2"), _structure("1.0", "1.1", "2"), _structure()
 
 
 class AFNB(Foldable, PlainAFNB):
@@ -44,6 +76,7 @@ class AFNB(Foldable, PlainAFNB):
             2600 channels per pixel that this block keeps, 512 of an APNB's about 790, in float32). Its price is one
             more product of ``high`` and one more attention forward. Compiled code ignores it; activation checkpointing
             recomputes all by itself and needs it off. An attribute of the same name can be set at any time.
+        device, dtype: of parameters and buffers, as PyTorch's own modules take them; None means PyTorch's defaults.
 
     Shapes:
         low (B, low_in_channels, H_l, W_l), high (B, high_in_channels, H, W) → (B, out_channels, H, W). Any strides;
@@ -75,33 +108,36 @@ class AFNB(Foldable, PlainAFNB):
         *,
         bottleneck: bool = True,
         recompute: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            low_in_channels,
-            high_in_channels,
-            out_channels,
-            key_channels,
-            value_channels,
-            dropout,
-            sizes,
-            norm_layer,
-            psp_size,
-            bottleneck=bottleneck,
-        )
+        with nullcontext() if device is None else torch.device(device):
+            super().__init__(
+                low_in_channels,
+                high_in_channels,
+                out_channels,
+                key_channels,
+                value_channels,
+                dropout,
+                sizes,
+                norm_layer,
+                psp_size,
+                bottleneck=bottleneck,
+            )
+        if dtype is not None:
+            self.to(dtype)
         self.recompute = recompute
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        parts = self.parts()
-        checks.block_inputs(low=(low, parts.key.conv), high=(high, parts.query.conv))
-        if runs_plain(parts):
+        parts = parts_to_collapse(self, low, high)
+        if parts is None:
             return super().forward(low, high)
-        if (fold := self.current_fold()) is not None:
-            return fold.forward(parts, low, high)
-        return collapsed_forward(parts, low, high, recompute=self.recompute)
+        checks.block_inputs(low=(low, parts.key.conv), high=(high, parts.query.conv))
+        return self.run(parts, low, high)
 
     def parts(self) -> Parts:
         """The modules that the collapse reads."""
-        return PUBLISHED.parts(self)._replace(container_types=CONTAINERS)
+        return (_CONTEXT if self._modules.get("conv_bn_dropout") is None else _FUSION).parts(self)
 
     def extra_repr(self) -> str:
         return explain(self)
@@ -116,8 +152,8 @@ class APNB(Foldable, PlainAPNB):
     Args:
         in_channels: channels of ``x`` (512 in ANNNet).
         out_channels: channels of the output (512).
-        key_channels, value_channels, dropout, sizes, norm_layer, psp_size, bottleneck, recompute: as for :class:`AFNB`;
-            the tail has a ReLU between norm and dropout.
+        key_channels, value_channels, dropout, sizes, norm_layer, psp_size, bottleneck, recompute,
+            device, dtype: as for :class:`AFNB`; the tail has a ReLU between norm and dropout.
 
     Shapes:
         x (B, in_channels, H, W) → (B, out_channels, H, W). Strides and dtypes as for :class:`AFNB`.
@@ -146,32 +182,35 @@ class APNB(Foldable, PlainAPNB):
         *,
         bottleneck: bool = True,
         recompute: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            key_channels,
-            value_channels,
-            dropout,
-            sizes,
-            norm_layer,
-            psp_size,
-            bottleneck=bottleneck,
-        )
+        with nullcontext() if device is None else torch.device(device):
+            super().__init__(
+                in_channels,
+                out_channels,
+                key_channels,
+                value_channels,
+                dropout,
+                sizes,
+                norm_layer,
+                psp_size,
+                bottleneck=bottleneck,
+            )
+        if dtype is not None:
+            self.to(dtype)
         self.recompute = recompute
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.parts()
-        checks.block_inputs(x=(x, parts.query.conv))
-        if runs_plain(parts):
+        parts = parts_to_collapse(self, x)
+        if parts is None:
             return super().forward(x)
-        if (fold := self.current_fold()) is not None:
-            return fold.forward(parts, x, x)
-        return collapsed_forward(parts, x, x, recompute=self.recompute)
+        checks.block_inputs(x=(x, parts.query.conv))
+        return self.run(parts, x, x)
 
     def parts(self) -> Parts:
         """The modules that the collapse reads."""
-        return PUBLISHED.parts(self)._replace(container_types=CONTAINERS)
+        return (_CONTEXT if self._modules.get("conv_bn_dropout") is None else _PYRAMID).parts(self)
 
     def extra_repr(self) -> str:
         return explain(self)

@@ -5,7 +5,7 @@ A tensor is addressed by an :class:`Entry`, the same in every dialect; a :class:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +26,9 @@ CONV_NORM_PAIRS = (
 _NORMS = tuple(norm for _, norm in CONV_NORM_PAIRS)
 _NORM_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _PADDLE_NAMES = {"running_mean": "_mean", "running_var": "_variance"}
+_INNER_NAMES = ("conv", "bn", "_conv", "_batch_norm")
+"""What modules are called inside of one that holds convolution, norm and activation."""
+
 _ENOUGH = 3
 """So many parts of a block have to be there for the rest to be missed."""
 
@@ -79,13 +82,19 @@ def locate(state: Mapping[str, Tensor], block: str | None = None) -> Layout:
     Raises:
         ValueError: it holds neither, or several blocks and no head; the message is what was found.
     """
-    blocks = _find_blocks(list(state))
+    blocks = find_blocks(state)
+    heads: dict[str, Layout] = {}
     for head in HEADS:
         for prefix, names in blocks.items():
             if names.dialect == head.dialect and prefix.endswith(head.fusion + "."):
-                found = _head_layout(list(state), head, prefix.removesuffix(head.fusion + "."))
+                found = _head_layout(state, head, prefix.removesuffix(head.fusion + "."), blocks)
                 if found is not None:
-                    return found
+                    heads.setdefault(found.prefix, found)
+    if len(heads) > 1:
+        prefixes = " and ".join(repr(prefix) for prefix in heads)
+        raise ValueError(f"{len(heads)} heads, whose keys begin with {prefixes}: keep the keys of one of them")
+    if heads:
+        return next(iter(heads.values()))
     if not blocks:
         raise ValueError("no asymmetric non-local block")
     if len(blocks) > 1:
@@ -94,12 +103,14 @@ def locate(state: Mapping[str, Tensor], block: str | None = None) -> Layout:
         )
     ((prefix, names),) = blocks.items()
     if block is None:
-        query, key = (state.get(f"{prefix}{names.slots[slot]}.weight") for slot in ("query.conv", "key.conv"))
+        entries = _located_in_block(state, "fusion", names, prefix)
+        query, key = (
+            state.get(entries.get(Entry("fusion", slot, "weight"), "")) for slot in ("query.conv", "key.conv")
+        )
         alike = query is None or key is None or (query.shape == key.shape and torch.equal(query, key))
         block = "pyramid" if alike else "fusion"
     own = {key for key in state if key.startswith(prefix)}
-    paths = {entry: prefix + path for entry, path in _block_paths(block, names)}
-    located = {entry: key for entry, key in paths.items() if key in own}
+    located = _located_in_block(state, block, names, prefix)
     unknown = sorted(own - set(located.values()))
     return Layout(names.dialect, block, "", prefix, located, unknown, sorted(state.keys() - own))
 
@@ -150,45 +161,113 @@ def _tensor_name(dialect: str, entry: Entry) -> str:
     return _PADDLE_NAMES.get(entry.tensor, entry.tensor) if dialect == "paddleseg" else entry.tensor
 
 
-def _block_paths(place: str, names: BlockNames) -> Iterator[tuple[Entry, str]]:
-    """Every entry that such a block can have, with its key relative to the block."""
-    for slot in (*CONTEXT_SLOTS, *BOTTLENECK_SLOTS):
-        if slot in names.slots:
-            for entry in (Entry(place, slot, tensor) for tensor in tensors_of(slot)):
-                yield entry, f"{names.slots[slot]}.{_tensor_name(names.dialect, entry)}"
+def find_blocks(state: Iterable[str]) -> dict[str, BlockNames]:
+    """Prefixes of the blocks among the keys of ``state``, each with the names that fit it best.
 
-
-def _find_blocks(keys: list[str]) -> dict[str, BlockNames]:
-    """Prefixes of the blocks among ``keys``, each with the names that fit it best."""
-    scores: dict[str, dict[int, int]] = {}
+    A part counts as found if anything is inside of it, since people nest convolution, norm and activation as they
+    like; among names that fit as well, those count that also fit the nesting.
+    """
+    found: dict[str, dict[int, tuple[set[str], int]]] = {}
     for index, names in enumerate(BLOCKS):
-        paths = [path for entry, path in _block_paths(names.kind, names) if entry.tensor == "weight"]
-        for suffix in paths:
-            for key in keys:
-                prefix = key.removesuffix(suffix)
-                if prefix != key and (not prefix or prefix.endswith(".")):
-                    counts = scores.setdefault(prefix, {})
-                    counts[index] = counts.get(index, 0) + 1
-    best = {prefix: max(counts, key=lambda i: counts[i]) for prefix, counts in scores.items()}
-    return {prefix: BLOCKS[index] for prefix, index in sorted(best.items()) if scores[prefix][index] >= _ENOUGH}
+        roles = sorted({_role(path) for path in names.slots.values()})
+        exact = {f"{path}.weight" for path in names.slots.values()}
+        for key in state:
+            for role in roles:
+                for prefix in _prefixes(key, f"{role}."):
+                    seen, fitting = found.setdefault(prefix, {}).get(index, (set(), 0))
+                    found[prefix][index] = seen | {role}, fitting + (key.removeprefix(prefix) in exact)
+    blocks = {}
+    for prefix, scores in sorted(found.items()):
+        index = max(scores, key=lambda i: (len(scores[i][0]), scores[i][1]))
+        if len(scores[index][0]) >= _ENOUGH:
+            blocks[prefix] = BLOCKS[index]
+    return blocks
 
 
-def _head_layout(keys: list[str], head: HeadNames, prefix: str) -> Layout | None:
+def _prefixes(key: str, part: str) -> Iterator[str]:
+    """What may come before ``part`` in a key, of whole names."""
+    start = key.find(part)
+    while start >= 0:
+        if start == 0 or key[start - 1] == ".":
+            yield key[:start]
+        start = key.find(part, start + 1)
+
+
+def _role(path: str) -> str:
+    """The module that holds a part, in whatever nesting: ``stages.0.f_key`` for ``stages.0.f_key.1.0``."""
+    *owner, name = path.split(".")
+    while owner and (name.isdecimal() or name in _INNER_NAMES):
+        *owner, name = *owner[:-1], owner[-1]
+    return ".".join((*owner, name))
+
+
+def _located_in_block(state: Mapping[str, Tensor], place: str, names: BlockNames, prefix: str) -> dict[Entry, str]:
+    slots = {slot: names.slots[slot] for slot in (*CONTEXT_SLOTS, *BOTTLENECK_SLOTS) if slot in names.slots}
+    return _located_parts(state, place, slots, prefix, names.dialect)
+
+
+def _located_parts(
+    state: Mapping[str, Tensor], place: str, slots: Mapping[str, str], prefix: str, dialect: str, within: str = ""
+) -> dict[Entry, str]:
+    """The keys of every part: at its usual place, or else in the module that usually holds it.
+
+    Where a part is elsewhere, a convolution is known by the four dimensions of its weight, a norm by the one of its
+    own. What begins with ``within`` belongs to something else.
+    """
+    located: dict[Entry, str] = {}
+    taken: set[str] = set()
+    homeless = []
+    for slot, path in slots.items():
+        entries = {Entry(place, slot, tensor): tensor for tensor in tensors_of(slot)}
+        keys = {entry: f"{prefix}{path}.{_tensor_name(dialect, entry)}" for entry in entries}
+        present = {entry: key for entry, key in keys.items() if key in state}
+        if present and _fits(slot, path, state, prefix):
+            located |= present
+            taken.add(f"{prefix}{path}")
+        else:
+            homeless.append(slot)
+    for slot in homeless:
+        start = f"{prefix}{_role(slots[slot])}."
+        owners = dict.fromkeys(key.rpartition(".")[0] for key in state if key.startswith(start))
+        owners |= {start[:-1]: None} if f"{start}weight" in state else {}
+        for owner in owners:
+            path = owner.removeprefix(prefix)
+            free = owner not in taken and not (within and owner.startswith(within))
+            if free and (slot in _NORMS or f"{owner}.weight" in state) and _fits(slot, path, state, prefix):
+                taken.add(owner)
+                for tensor in tensors_of(slot):
+                    entry = Entry(place, slot, tensor)
+                    if (key := f"{owner}.{_tensor_name(dialect, entry)}") in state:
+                        located[entry] = key
+                break
+    return located
+
+
+def _fits(slot: str, path: str, state: Mapping[str, Tensor], prefix: str) -> bool:
+    """Whether a weight has as many dimensions as such a part's; one without a weight fits."""
+    weight = state.get(f"{prefix}{path}.weight")
+    return weight is None or (weight.dim() == 1) == (slot in _NORMS)
+
+
+def _head_layout(
+    state: Mapping[str, Tensor], head: HeadNames, prefix: str, blocks: Mapping[str, BlockNames]
+) -> Layout | None:
     """The layout of a head whose keys begin with ``prefix``; None if only a fusion block is there."""
     root = prefix.removesuffix(head.prefix)
-    blocks = [entry for kind in ("fusion", "pyramid") for entry, _ in _block_paths(kind, _names(head.dialect, kind))]
-    own = [Entry("head", slot, tensor) for slot in head.slots for tensor in tensors_of(slot)]
-    aux = [Entry("aux", slot, tensor) for slot in head.auxiliary for tensor in tensors_of(slot)]
-    paths = {entry: prefix + _key_in_head(head, entry) for entry in (*blocks, *own)}
-    paths |= {entry: root + key_in_network(head.dialect, entry) for entry in aux}
-    present = set(keys)
-    located = {entry: key for entry, key in paths.items() if key in present}
+    around = f"{prefix}{head.pyramid.partition('.')[0]}."
+    pyramid = next((found for found in blocks if found.startswith(around)), f"{prefix}{head.pyramid}.")
+    located: dict[Entry, str] = {}
+    for place, start in (("fusion", f"{prefix}{head.fusion}."), ("pyramid", pyramid)):
+        located |= _located_in_block(state, place, _names(head.dialect, place), start)
+    located |= _located_parts(state, "head", head.slots, prefix, head.dialect, within=pyramid)
+    auxiliary = {slot: f"{head.auxiliary_prefix}{path}" for slot, path in head.auxiliary.items()}
+    located |= _located_parts(state, "aux", auxiliary, root, head.dialect)
     if not any(entry.place in ("head", "pyramid") for entry in located):
         return None
     names = {path.partition(".")[0] for path in (head.fusion, head.pyramid, *head.slots.values())}
     # At the network's root, wrapped or not, the head's parts are beside the backbone.
     inside = (prefix,) if prefix != root else tuple(f"{prefix}{name}." for name in names)
-    others = sorted(present - set(located.values()))
+    others = sorted(state.keys() - set(located.values()))
     unknown = [key for key in others if key.startswith(inside) and not key.startswith(root + head.auxiliary_prefix)]
     rest = [key for key in others if key not in set(unknown)]
     return Layout(head.dialect, None, root, prefix, located, unknown, rest)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .checkpoint_files import read_state_dict, state_dict_of
+from .checkpoint_files import read_state_dict, state_dict_of, unwrapped
 from .checkpoint_names import CONV_NORM_PAIRS, Entry, Layout, block_prefix, key_in_block, key_in_network, locate
 
 DIALECTS = ("mmseg", "mendelxu", "paddleseg")
@@ -60,19 +60,21 @@ class CheckpointReport:
 
 
 def load_checkpoint(
-    block_or_model: nn.Module, path: str | os.PathLike[str], *, strict: bool = False
+    block_or_model: nn.Module, path: str | os.PathLike[str] | Mapping[str, Any], *, strict: bool = False
 ) -> CheckpointReport:
     """Load a checkpoint of MendelXu/ANN, mmsegmentation or PaddleSeg into a block or network, whatever its dialect.
 
-    Only weights are read; nothing in the file is executed. Containers (``state_dict``, ``model``) and prefixes of
-    wrappers (``module.``) are looked through. A bias ahead of a batch norm that the model does not have is folded into
+    Only weights are read; nothing in the file is executed. Options, paths and NumPy's numbers beside the weights are
+    read over. The state dict may be inside of other containers, and wrappers' prefixes (``module.``) anywhere in its
+    keys. A bias ahead of a batch norm that the model does not have is folded into
     the running mean. From a whole network's file a block takes its part. What is around the head, a backbone, is
     loaded where all its keys and shapes are the model's.
 
     Args:
         block_or_model: :class:`AFNB`, :class:`APNB`, :class:`ANNNet`, or a block, head or network of any dialect,
             replaced or not.
-        path: a file that ``torch.save`` wrote, or a ``.pdparams`` file of Paddle.
+        path: a file that ``torch.save`` wrote, a ``.safetensors`` file (with that package), or a ``.pdparams`` file of
+            Paddle; or a mapping, what was read from a file.
         strict: a block or head is always loaded completely or not at all. True refuses as well to leave anything
             around it, a backbone or an auxiliary head, as initialised; False reports it.
 
@@ -80,11 +82,11 @@ def load_checkpoint(
         A report of what went where and what did not; ``print`` it.
 
     Raises:
-        TypeError: ``block_or_model`` is no module instance or ``path`` no path.
+        TypeError: ``block_or_model`` is no module instance, or ``path`` neither a path nor a mapping.
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or holds more than weights, a key of a block or head is missing or unknown, a
-            shape differs, or two copies of a shared projection disagree. The message names the key, and the model is
-            as it was.
+        ValueError: the file is damaged or holds objects of other types, several state dicts or several heads; a key of
+            a block or head is missing or unknown, a shape differs, or two copies of a shared projection disagree. The
+            message names the type, the state dicts or the key, and the model is as it was.
 
     Example:
         >>> import tempfile, torch, annnet_kernels as ak
@@ -126,13 +128,14 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool) -
             problems.append(f"{weight.origin} has {tuple(weight.tensor.shape)}, expected {tuple(own[key].shape)}")
         else:
             found[key], report.loaded[key] = weight.tensor, weight.origin
-    surroundings = _surroundings(target, source, own, state)
+    surroundings = _surroundings(target, source, own, state) | _alike(target, source, own, state)
     found |= {key: state[origin] for key, origin in surroundings.items()}
     report.loaded |= surroundings
     report.initialised |= {key: "the file's backbone is another" for key in target.rest if key not in surroundings}
-    report.initialised |= {key: "the file's head has no such part" for key in target.unknown}
+    report.initialised |= {key: "the file's head has no such part" for key in target.unknown if key not in surroundings}
     report.unused = sorted(state.keys() - {*report.loaded.values(), *report.folded})
-    problems += [f"{key} has no place in the model" for key in _left_over(weights, target, source)]
+    left_over = [key for key in _left_over(weights, target, source) if key not in surroundings.values()]
+    problems += [f"{key} has no place in the model" for key in left_over]
     if strict:
         problems += [f"{line} would stay as initialised" for line in report.kept()]
     if problems:
@@ -337,12 +340,20 @@ def _surroundings(
         relative = mine.removeprefix(
             target.root
         )  # the root is a wrapper's, or the head's own and the backbone is beside it
-        key = next((key for key in (source.root + relative, relative, mine) if key in state), None)
+        names = (source.root + relative, relative, mine)
+        key = next((key for key in (*names, *map(unwrapped, names)) if key in state), None)
         if key is not None and state[key].shape == own[mine].shape:
             pairs[mine] = key
         elif not _counts(mine):
             return {}
     return pairs
+
+
+def _alike(target: Layout, source: Layout, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, str]:
+    """What model and file have in the head beyond any dialect, such as the slope of a PReLU, where names are equal."""
+    theirs = {key.removeprefix(source.prefix): key for key in source.unknown}
+    pairs = {mine: theirs.get(mine.removeprefix(target.prefix), "") for mine in target.unknown}
+    return {mine: key for mine, key in pairs.items() if key and state[key].shape == own[mine].shape}
 
 
 def _counts(key: str) -> bool:

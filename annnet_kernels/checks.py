@@ -7,7 +7,7 @@ While ``torch.jit`` traces, sizes are tensors that stand for any later size, and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 
 import torch
@@ -16,6 +16,17 @@ from .autocast import autocast_dtype
 from .tracers import jit_tracing
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+_LONGEST = 80
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: no whole dictionary, no whole tensor."""
+    if isinstance(value, (Mapping, torch.Tensor)):
+        return f"a {type(value).__name__} of {len(value) if isinstance(value, Mapping) else tuple(value.shape)}"
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def _shape(x: torch.Tensor) -> tuple[int, ...]:
@@ -74,7 +85,7 @@ def same_kind(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) 
 def positive_int(name: str, value: object) -> int:
     """An integer of at least 1 (a bool is none)."""
     if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a positive integer, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name}: expected a positive integer, got {shown(value)} of type {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name}: expected a positive integer, got {int(value)}")
     return int(value)
@@ -83,38 +94,38 @@ def positive_int(name: str, value: object) -> int:
 def output_sizes(name: str, value: object) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Heights and widths of the levels; each level is an integer or an (h, w) pair."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise TypeError(f"{name}: expected a sequence of pool sizes, such as (1, 3, 6, 8), got {value!r}")
+        raise TypeError(f"{name}: expected a sequence of pool sizes, such as (1, 3, 6, 8), got {shown(value)}")
     heights, widths = [], []
     for index, size in enumerate(value):
         label = f"{name}[{index}]"
         if isinstance(size, (tuple, list)):
             if len(size) != 2:
-                raise ValueError(f"{label}: expected an integer or a pair (h, w), got {size!r}")
+                raise ValueError(f"{label}: expected an integer or a pair (h, w), got {shown(size)}")
             height, width = size
         else:
             height = width = size
         heights.append(positive_int(label, height))
         widths.append(positive_int(label, width))
     if not heights:
-        raise ValueError(f"{name}: expected at least one pool size, got {value!r}")
+        raise ValueError(f"{name}: expected at least one pool size, got {shown(value)}")
     return tuple(heights), tuple(widths)
 
 
 def map_size(name: str, value: object) -> tuple[int, int]:
     """A pair (H, W)."""
     if not isinstance(value, (tuple, list)):
-        raise TypeError(f"{name}: expected a pair (H, W), got {value!r}")
+        raise TypeError(f"{name}: expected a pair (H, W), got {shown(value)}")
     if len(value) != 2:
-        raise ValueError(f"{name}: expected a pair (H, W), got {value!r}")
+        raise ValueError(f"{name}: expected a pair (H, W), got {shown(value)}")
     return positive_int(f"{name}[0]", value[0]), positive_int(f"{name}[1]", value[1])
 
 
 def scale(name: str, value: object) -> float:
     """A finite real number."""
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a real number or None, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name}: expected a real number or None, got {shown(value)} of type {type(value).__name__}")
     if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+        raise ValueError(f"{name}: expected a finite number, got {shown(value)}")
     return float(value)
 
 
@@ -122,16 +133,17 @@ def block_options(dropout: object, sizes: object, norm_layer: object) -> None:
     """The options that every block shares."""
     if not isinstance(dropout, (int, float)) or isinstance(dropout, bool):
         raise TypeError(
-            f"dropout: expected a probability from 0 to 1, got {dropout!r} of type {type(dropout).__name__}"
+            f"dropout: expected a probability from 0 to 1, got {shown(dropout)} of type {type(dropout).__name__}"
         )
     if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout: expected a probability from 0 to 1, got {dropout!r}")
+        raise ValueError(f"dropout: expected a probability from 0 to 1, got {shown(dropout)}")
     if not isinstance(sizes, (tuple, list)) or tuple(sizes) != (1,):
         raise ValueError(
-            f"sizes: expected (1,), got {sizes!r}; other query scales crash or are ignored in every published code base"
+            f"sizes: expected (1,), got {shown(sizes)}; "
+            f"other query scales crash or are ignored in every published code base"
         )
     if not callable(norm_layer):
-        raise TypeError(f"norm_layer: expected a callable that takes a channel count, got {norm_layer!r}")
+        raise TypeError(f"norm_layer: expected a callable that takes a channel count, got {shown(norm_layer)}")
 
 
 def module(name: str, value: object) -> torch.nn.Module:
@@ -147,8 +159,7 @@ def block_inputs(**inputs: tuple[object, torch.nn.Conv2d]) -> None:
     batch: tuple[str, int] | None = None
     for name, (value, conv) in inputs.items():
         x = feature_map(name, value, channels=conv.in_channels)
-        weight = conv._parameters.get("weight")
-        weight = next(conv.parameters()) if weight is None else weight  # reading .weight would run a parametrization
+        weight = _unread_weight(conv)
         if x.device != weight.device:
             raise ValueError(f"{name}: expected the device of the block's parameters, {weight.device}, got {x.device}")
         if x.dtype != weight.dtype and autocast_dtype(x) is None:
@@ -158,12 +169,24 @@ def block_inputs(**inputs: tuple[object, torch.nn.Conv2d]) -> None:
         batch = name, x.shape[0]
 
 
+def _unread_weight(conv: torch.nn.Conv2d) -> torch.Tensor:
+    """The weight, or what a parametrization makes it of: reading the weight would run that.
+
+    A replica of ``torch.nn.DataParallel`` has no parameters; its weight is an ordinary attribute.
+    """
+    weight = conv._parameters.get("weight")
+    weight = next(conv.parameters(), None) if weight is None else weight
+    return conv.weight if weight is None else weight
+
+
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> str:
     """One of a few names."""
     if not isinstance(value, str):
-        raise TypeError(f"{name}: expected one of {', '.join(choices)}, got {value!r} of type {type(value).__name__}")
+        raise TypeError(
+            f"{name}: expected one of {', '.join(choices)}, got {shown(value)} of type {type(value).__name__}"
+        )
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {shown(value)}")
     return value
 
 
@@ -171,6 +194,6 @@ def stage_channels(name: str, backbone: torch.nn.Module) -> tuple[int, int]:
     """Channel counts of the last two stages, from the attribute ``channels`` of a backbone."""
     channels = getattr(backbone, "channels", None)
     if not isinstance(channels, (tuple, list)) or len(channels) != 2:
-        raise ValueError(f"{name}: expected an attribute channels = (low, high), got {channels!r}")
+        raise ValueError(f"{name}: expected an attribute channels = (low, high), got {shown(channels)}")
     low, high = (positive_int(f"{name}.channels[{i}]", count) for i, count in enumerate(channels))
     return low, high

@@ -16,7 +16,6 @@ backward has to cancel it.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,9 +25,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from . import onnx
 from .autocast import no_autocast
 from .backends import requested_backend, use_backend
 from .functional import asymmetric_attention, pyramid_pool
@@ -73,7 +70,7 @@ class Parts(NamedTuple):
     tail: Sequence[nn.Module]
     pools: Sequence[nn.AdaptiveAvgPool2d]
     containers: Sequence[nn.Module]
-    container_types: Sequence[type] | None = None  # what the containers must be; None: as they were when recognised
+    widths: Sequence[tuple[str, object, nn.Module]] = ()  # attributes that say how many channels a convolution puts out
 
     def is_shared(self) -> bool:
         """Whether queries and keys are one projection, as in an APNB."""
@@ -89,10 +86,6 @@ def collapsed_forward(parts: Parts, low: Tensor, high: Tensor, *, recompute: boo
 
     With ``recompute`` the map ahead of the tail is not kept for the backward pass but made again there.
     """
-    if onnx.exporting() and any(projection.norm.training for projection in (parts.key, parts.query)):
-        raise ValueError(
-            "expected a block in evaluation mode for an export to ONNX, got training mode: call .eval() first"
-        )
     weights = weights_of(parts)
     value = token_values(weights, pyramid_pool(low, parts.pool_sizes()))
     product = Product(None if weights.high is None else high, weights.high, constant_of(parts, weights))
@@ -154,7 +147,7 @@ def _pooled_key(parts: Parts, low: Tensor) -> Tensor:
 def epilogue(tail: Sequence[nn.Module], out: Tensor) -> Tensor:
     """Norm, activation and dropout behind the bottleneck; a batch norm and what follows it as one reader of ``out``."""
     modules = list(tail)
-    if modules and type(modules[0]) in FUSABLE_NORMS and not onnx.exporting():
+    if modules and type(modules[0]) in FUSABLE_NORMS:
         norm = modules.pop(0)
         relu = len(modules) > 0 and type(modules[0]) is nn.ReLU  # torch 2.11 traces no bool() of a list
         if relu:
@@ -168,8 +161,7 @@ def epilogue(tail: Sequence[nn.Module], out: Tensor) -> Tensor:
 
 def _is_fusable(projection: Projection) -> bool:
     """Whether readers can normalise and rectify; any other norm or activation is called as the module it is."""
-    fusable = type(projection.norm) in FUSABLE_NORMS and type(projection.activation) is nn.ReLU
-    return fusable and not onnx.exporting()
+    return type(projection.norm) in FUSABLE_NORMS and type(projection.activation) is nn.ReLU
 
 
 def _raw(projection: Projection, x: Tensor, calls: int) -> tuple[Tensor, Normalization]:
@@ -263,85 +255,3 @@ def _bias(conv: nn.Conv2d, weight: Tensor) -> Tensor:
     accumulator = torch.promote_types(weight.dtype, torch.float32)
     bias = conv.bias
     return weight.new_zeros(conv.out_channels, dtype=accumulator) if bias is None else bias.to(accumulator)
-
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def why_plain(parts: Parts, *, gathered: bool = False) -> str | None:
-    """Why the block must run its published forward: a module whose forward would be skipped is not what it seems.
-
-    Whoever replaces, hooks or wraps an inner module expects it to be called. None if the collapse may run. With
-    ``gathered`` the answer is for the time when no parameter is sharded any more.
-    """
-    for container in parts.containers:
-        if parts.container_types is not None and type(container) not in parts.container_types:
-            return f"{type(container).__name__} in the place of a module of the block"
-    skipped = list(_skipped(parts))
-    known = {id(module) for _, module in skipped}
-    for kind, module in skipped:
-        actual = type(module)
-        if parametrize.is_parametrized(module):
-            actual = actual.__bases__[0]
-        name = actual.__name__
-        if kind is not None and actual is not kind:
-            return f"{name} in the place of {kind.__name__}"
-        if "forward" in module.__dict__:
-            return f"{name} with a forward of its own"
-        for hooks in HOOKS:
-            if getattr(module, hooks):
-                return f"{name} carries {hooks.strip('_').replace('_', ' ')}"
-        for parameter, value in module._parameters.items():
-            if (
-                type(value).__name__ == "DTensor" and not gathered
-            ):  # by name: its module takes longer to import than this package
-                return f"{name} holds a sharded {parameter} (DTensor)"
-        if isinstance(module, nn.Conv2d) and not _is_pointwise(module):
-            return f"{name} is no plain 1 × 1 convolution: {module.extra_repr()}"
-        if isinstance(module, nn.AdaptiveAvgPool2d) and not _is_fixed(module):
-            return f"{name} keeps a dimension of the map: output_size={module.output_size}"
-        if isinstance(module, nn.Sequential):
-            for child in module._modules.values():
-                if id(child) not in known:
-                    return f"{type(child).__name__} in a {name} is no part of the block"
-    return None
-
-
-def runs_plain(parts: Parts) -> bool:
-    """Whether the block must run its published forward; said aloud where that ties an ONNX graph to one size."""
-    reason = why_plain(parts)
-    if reason is not None and onnx.exporting():
-        warnings.warn(
-            f"annnet_kernels: a block is exported with its published forward, because of {reason}; "
-            f"how that pools holds for maps of this size only",
-            stacklevel=3,
-        )
-    return reason is not None
-
-
-def _skipped(parts: Parts) -> Iterator[tuple[type | None, nn.Module]]:
-    """The modules that the collapse may not call, with the class each must be (None: any)."""
-    for conv in (parts.key.conv, parts.query.conv, parts.value, parts.out, parts.join):
-        if conv is not None:
-            yield nn.Conv2d, conv
-    for pool in parts.pools:
-        yield nn.AdaptiveAvgPool2d, pool
-    for projection in (parts.key, parts.query):
-        yield None, projection.norm
-        yield None, projection.activation
-    for module in parts.containers:
-        yield nn.Sequential if isinstance(module, nn.Sequential) else None, module
-    for module in parts.tail:
-        yield None, module
-
-
-def _is_pointwise(conv: nn.Conv2d) -> bool:
-    """Whether the convolution is a product over channels and nothing else."""
-    shape = (conv.kernel_size, conv.stride, conv.padding, conv.groups)
-    return shape == ((1, 1), (1, 1), (0, 0), 1)
-
-
-def _is_fixed(pool: nn.AdaptiveAvgPool2d) -> bool:
-    """Whether the pool has a size of its own for both dimensions."""
-    size = pool.output_size
-    return None not in size if isinstance(size, tuple) else size is not None

@@ -7,16 +7,12 @@ serve checkpoints only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import nn
 
-from .collapse import Parts, Projection
-from .tracers import exporting
-
-_Path = tuple[str, ...]
+from .structures import LENGTH, Places, Structure, module_at, path_of, structure_of
 
 CONTEXT_SLOTS = ("key.conv", "key.norm", "query.conv", "query.norm", "value", "out")
 """The parts with tensors of every block."""
@@ -43,94 +39,41 @@ class BlockNames:
     unused: tuple[str, ...] = ()
     """Modules that the published forward never calls."""
 
-    _hallmarks: Sequence[_Path] = field(init=False, repr=False)
-    _leaves: Sequence[_Path] = field(init=False, repr=False)
-    """Where convolution, norm and activation of key and query are, value and output projection."""
-    _containers: Sequence[_Path] = field(init=False, repr=False)
-    """The modules around the leaves whose forward only calls others, the pooling first; the collapse skips them."""
-
-    def __post_init__(self) -> None:
-        """Paths are made here and not at the first call, which may be one that ``torch.compile`` traces."""
-        roles = (self.slots[slot].removesuffix(".0").removesuffix(".conv") for slot in ("key.conv", "query.conv"))
-        hallmarks = [_path(name) for name in (*roles, self.slots["value"], self.slots["out"])]
-        projections = (f"{role}.{part}" for role in ("key", "query") for part in ("conv", "norm", "activation"))
-        leaves = [_path(self.slots[slot]) for slot in (*projections, "value", "out") if slot in self.slots]
-        pools = _path(self.pools)
-        around = {path[:end] for path in (*leaves, pools) for end in range(1, len(path))}
-        object.__setattr__(self, "_hallmarks", hallmarks)
-        object.__setattr__(self, "_leaves", leaves)
-        object.__setattr__(self, "_containers", [pools, *sorted(around - {pools, ("stages",)})])
-
     def matches(self, block: nn.Module) -> bool:
         """Whether ``block`` has the modules by which this kind of block is recognised."""
-        try:
-            pools = _at(block, _path(self.pools))
-            for path in self._hallmarks:
-                _at(block, path)
-        except AttributeError:
-            return False
-        return isinstance(pools, nn.ModuleList) and (not self.bottleneck or hasattr(block, self.bottleneck))
-
-    def parts(self, block: nn.Module) -> Parts:
-        """The parts of ``block``; AttributeError if one of them is not there."""
-        if exporting():
-            block = _itself(block)
-        key_conv, key_norm, key_act, query_conv, query_norm, query_act, value, out = (
-            _at(block, path) for path in self._leaves
-        )
-        query = Projection(query_conv, query_norm, query_act)
-        containers = [_at(block, path) for path in self._containers]
-        levels = []
-        for level in containers[0].children():
-            wrapped = isinstance(level, nn.Sequential)
-            levels.append(level[0] if wrapped else level)
-            if wrapped:
-                containers.append(level)
-        bottleneck = block._modules.get(self.bottleneck)
-        join, *tail = _bottleneck_parts(bottleneck, containers) if bottleneck is not None else (None,)
-        return Parts(
-            key=query if key_conv is query_conv else Projection(key_conv, key_norm, key_act),
-            query=query,
-            value=value,
-            out=out,
-            join=join,
-            tail=tail,
-            pools=levels,
-            containers=containers,
+        roles = (self._role(slot) for slot in ("key.conv", "query.conv", "value", "out"))
+        return (
+            all(module_at(block, path_of(role)) is not None for role in roles)
+            and isinstance(module_at(block, path_of(self.pools)), nn.ModuleList)
+            and (not self.bottleneck or hasattr(block, self.bottleneck))
         )
 
+    def structure_of(self, block: nn.Module) -> Structure:
+        """Where the parts of ``block`` are, whatever their nesting; raises OddStructure if they are others."""
+        settings = [(*_split(path), supported) for path, supported in self.settings]
+        settings += [(("stages",), LENGTH, 1)] if self.pools.startswith("stages.") else []
+        bottleneck = self.bottleneck if block._modules.get(self.bottleneck) is not None else ""
+        places = Places(
+            path_of(self._role("key.conv")),
+            path_of(self._role("query.conv")),
+            path_of(self._role("value")),
+            path_of(self._role("out")),
+            path_of(self.pools),
+            path_of(bottleneck) if bottleneck else None,
+            tuple(settings),
+            _split(self.width) if self.width else None,
+        )
+        return structure_of(block, places)
 
-def _path(name: str) -> _Path:
-    return tuple(name.split("."))
+    def _role(self, slot: str) -> str:
+        """What holds a projection, in whatever nesting."""
+        return self.slots[slot].removesuffix(".0").removesuffix(".conv") if slot.endswith(".conv") else self.slots[slot]
 
 
-def _itself(module: nn.Module) -> nn.Module:
-    """What ``torch.export`` put a stand-in for: under those, a shared projection would be two modules."""
-    get_base = getattr(type(module), "get_base", None)
-    return module if get_base is None else get_base(module)
-
-
-def _at(module: nn.Module, path: _Path) -> Any:
-    """The submodule at ``path``; a block asks for 17 at every call, which by ``getattr`` takes 50 µs instead of 10."""
-    for name in path:
-        child = module._modules.get(name)
-        if child is None:
-            raise AttributeError(f"{type(module).__name__} has no module {name!r}")
-        module = child
-    return module
-
-
-def _bottleneck_parts(bottleneck: nn.Module, containers: list[nn.Module]) -> list[Any]:
-    """Convolution, norm, activation, dropout: what a bottleneck calls, in order."""
-    containers.append(bottleneck)
-    leaves: list[nn.Module] = []
-    for child in bottleneck.children():
-        if isinstance(child, nn.Sequential):
-            containers.append(child)
-            leaves.extend(child.children())
-        else:
-            leaves.append(child)
-    return leaves
+def _split(path: str) -> tuple[tuple[str, ...], str]:
+    """The module that has an attribute, and the attribute's name."""
+    *owner, attribute = path.split(".")
+    return tuple(owner), attribute
 
 
 @dataclass(frozen=True)

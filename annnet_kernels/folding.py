@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, onnx
 from .autocast import no_autocast
-from .collapse import HOOKS, Parts, chain_product, constant_of, matrices_of, weights_of, why_plain
+from .collapse import Parts, chain_product, collapsed_forward, constant_of, matrices_of, weights_of
 from .functional import pyramid_pool
 from .normalization import (
     FUSABLE_NORMS,
@@ -36,6 +36,8 @@ from .normalization import (
     pool_rectified,
     uses_batch_statistics,
 )
+from .requirements import HOOKS, LASTING, ONCE_GATHERED, TO_COLLAPSE, parts_to_collapse, why_not, why_plain
+from .structures import OddStructure
 from .tracers import jit_tracing
 
 
@@ -112,9 +114,24 @@ class Foldable(nn.Module):
             self.unfold()
         return super().train(mode)
 
+    def _replicate_for_data_parallel(self) -> Foldable:
+        """A replica for another device; a fold holds products on this one."""
+        replica: Foldable = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._fold = None
+        return replica
+
     def unfold(self) -> None:
         """Forget what was folded."""
         self._fold = None
+
+    def run(self, parts: Parts, low: Tensor, high: Tensor) -> Tensor:
+        """The block's output by the collapse, by what it was folded into, or in standard operators for ONNX."""
+        if onnx.exporting():
+            return onnx.block_forward(parts, low, high)
+        fold = self.current_fold()
+        if fold is not None:
+            return fold.forward(parts, low, high)
+        return collapsed_forward(parts, low, high, recompute=self.recompute)
 
     def current_fold(self) -> Fold | None:
         """The fold, if it may be used now: without gradients, outside traced code, with nothing changed since."""
@@ -138,8 +155,8 @@ def merged_convolution(
     fold = fusion.current_fold()
     if fold is None or fold.pair is None or fold.conv is not conv or fusion.has_own_forward():
         return None
-    parts = fusion.parts()
-    if any(map(_is_watched, (fusion, conv, *through))) or any(map(_drops, through)) or why_plain(parts) is not None:
+    parts = parts_to_collapse(fusion, low, high)
+    if parts is None or any(map(_is_watched, (fusion, conv, *through))) or any(map(_drops, through)):
         return None
     return merged_forward(fold.pair, fold.conv, parts, low, high)
 
@@ -155,7 +172,7 @@ def _drops(module: nn.Module) -> bool:
 def explain(block: Foldable) -> str:
     """How ``block`` runs, for its ``repr``. FSDP2 over the whole block gathers its parameters ahead of its forward."""
     gathered = any(base.__name__ == "FSDPModule" for base in type(block).__mro__)
-    reason = why_plain(block.parts(), gathered=gathered)
+    reason = why_plain(block, ONCE_GATHERED if gathered else TO_COLLAPSE)
     if reason is not None:
         return f"published forward, because of {reason}"
     return "collapsed" if block._fold is None else "collapsed, folded"
@@ -208,8 +225,11 @@ def fold_for_inference(model: nn.Module) -> FoldReport:
     followers = {id(block): conv for m in model.modules() for block, conv in _pairs(m)}
     report = FoldReport()
     for name, block in blocks.items():
-        parts = block.parts()
-        reason = why_not_folded(parts)
+        try:
+            parts = block.parts()
+            reason = why_not_folded(parts)
+        except OddStructure as odd:
+            reason = str(odd)
         if reason is not None:
             report.skipped[name] = reason
             continue
@@ -232,7 +252,7 @@ def _pairs(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Conv2d]]:
 
 def why_not_folded(parts: Parts) -> str | None:
     """Why a block cannot be folded; None if it can."""
-    reason = why_plain(parts)
+    reason = why_not(parts, LASTING)
     if reason is not None:
         return reason
     norms = [parts.key.norm, parts.query.norm, *parts.tail[:1]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from .checkpoints import CheckpointReport, head_options, load_state
 from .folding import merged_convolution
 from .pyramid import POOL_SIZES
 from .reference.blocks import NormLayer, PlainAFNB, PlainAPNB, PoolSizes
+from .tracers import symbolic
 
 BACKBONES = ("resnet50", "resnet101")
 
@@ -35,7 +37,8 @@ class DilatedResNet(nn.Module):
                 self.add_module(child_name, child)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        checks.feature_map("x", x, channels=3)
+        if not symbolic(x):
+            checks.feature_map("x", x, channels=3)
         low = high = x
         for child in self.children():
             low, high = high, child(high)
@@ -131,14 +134,16 @@ class ANNNet(nn.Module):
         self.align_corners = align_corners
 
     @classmethod
-    def from_checkpoint(cls, path: str | os.PathLike[str], *, strict: bool = False, **options: Any) -> ANNNet:
+    def from_checkpoint(
+        cls, path: str | os.PathLike[str] | Mapping[str, Any], *, strict: bool = False, **options: Any
+    ) -> ANNNet:
         """A network with the weights of a checkpoint of MendelXu/ANN, mmsegmentation or PaddleSeg.
 
         Its head is loaded, whatever the dialect; its backbone only if that is torchvision's. The attribute
         ``checkpoint_report`` of the network lists what stayed as initialised; ``print`` it.
 
         Args:
-            path: as :func:`annnet_kernels.load_checkpoint` takes it.
+            path: a file or a mapping, as :func:`annnet_kernels.load_checkpoint` takes it.
             strict: refuse a file that leaves anything as initialised.
             **options: arguments of the constructor. Classes, widths and auxiliary head follow from the file, as does
                 the backbone's depth. Not in a file are ``psp_size`` and ``align_corners`` (True in MendelXu/ANN).
@@ -161,7 +166,8 @@ class ANNNet(nn.Module):
         return net
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        checks.feature_map("x", x)
+        if not symbolic(x):
+            checks.feature_map("x", x)
         low, high = self.backbone(x)
         logits = self._resize(self.cls(self._context_of(low, high)), x.shape[2:])
         if self.dsn is None or not self.training:

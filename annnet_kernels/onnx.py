@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import tracers
 
+if TYPE_CHECKING:
+    from .collapse import Parts, Projection
+
 
 def exporting() -> bool:
     """Whether an exporter to ONNX is tracing; the first two questions are cheap and seldom answered with yes."""
-    return (tracers.exporting() or tracers.jit_tracing()) and torch.onnx.is_in_onnx_export()
+    return (tracers.exporting() or tracers.jit_tracing()) and tracers.exporting_to_onnx()
 
 
 def pyramid_pool(x: Tensor, heights: Sequence[int], widths: Sequence[int]) -> Tensor:
@@ -74,6 +78,34 @@ def asymmetric_attention(query: Tensor, key: Tensor, value: Tensor, scale: float
     attention = logits.softmax(dim=1)
     out = value @ attention.to(value.dtype)
     return out.view(query.shape[0], value.shape[1], query.shape[2], query.shape[3]), attention
+
+
+def block_forward(parts: Parts, low: Tensor, high: Tensor) -> Tensor:
+    """The output of a block, every weight as it is, so that the graph holds it as an initializer.
+
+    The value path runs on the pooled tokens, as in the collapse, and its last bias is added behind the attention, which
+    would round it. The halves of the bottleneck's weight stay together: in a graph they would be computed, and tools
+    that quantise weights look for constant ones.
+    """
+    query = _projected(parts.query, high)
+    key = query if parts.is_shared() else _projected(parts.key, low)
+    heights, widths = zip(*parts.pool_sizes(), strict=True)
+    pooled = pyramid_pool(low, heights, widths)[:, :, :, None]
+    value = F.conv2d(parts.value(pooled), parts.out.weight)[:, :, :, 0]
+    tokens = pyramid_pool(key, heights, widths)
+    out, _ = asymmetric_attention(query, tokens, value, query.shape[1] ** -0.5)
+    if parts.out.bias is not None:
+        out = out + parts.out.bias.to(out.dtype)[:, None, None]
+    if parts.join is not None:
+        out = parts.join(torch.cat([out, high], dim=1))
+        for module in parts.tail:
+            out = module(out)
+    return out
+
+
+def _projected(projection: Projection, x: Tensor) -> Tensor:
+    projected: Tensor = projection.activation(projection.norm(projection.conv(x)))
+    return projected
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -22,12 +22,14 @@ from torch import Tensor, nn
 
 from . import checks
 from .autocast import autocast_dtype
-from .collapse import Parts, why_plain
+from .collapse import Parts
 from .folding import Foldable
 from .normalization import FUSABLE_NORMS, uses_batch_statistics
 from .pyramid import num_tokens
 from .recognition import names_of
+from .requirements import TO_COLLAPSE, why_not
 from .row_shards import Band, sharded_forward
+from .structures import OddStructure
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -91,7 +93,10 @@ def shard_rows(module: _Module, group: ProcessGroup | DeviceMesh | None = None) 
         if isinstance(block, _RowSharded):
             raise ValueError(f"module: {label} is sharded already; unshard_rows first")
         if isinstance(block, Foldable):
-            reason = _why_not(block.parts(), rows.group)
+            try:
+                reason = _why_not(block.parts(), rows.group)
+            except OddStructure as odd:
+                reason = str(odd)
             if block.has_own_forward():
                 reason = "a forward of its own"
             if reason is not None:
@@ -204,7 +209,7 @@ def _process_group(group: Any) -> Any:
 
 def _why_not(parts: Parts, group: Any) -> str | None:
     """Why a block cannot run on row shards; None if it can."""
-    reason = why_plain(parts)
+    reason = why_not(parts, TO_COLLAPSE)
     if reason is not None:
         return reason
     norms = [parts.key.norm, parts.query.norm, *parts.tail[:1]]
@@ -303,7 +308,7 @@ class _RowSharded(Foldable):
         return f"{super().extra_repr()}, rank {self._rows.rank} of {self._rows.size} row shards"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self).unsharded,), self.__dict__.copy()
+        return _rebuild, (type(self).unsharded,), nn.Module.__getstate__(self)
 
 
 _FACTS = ("rows", "batch", "width", "width of the high-level map", "dtype", "autocast", "gradients", "mode")
@@ -312,7 +317,7 @@ _FACTS = ("rows", "batch", "width", "width of the high-level map", "dtype", "aut
 
 def _facts(block: nn.Module, parts: Parts, maps: tuple[Tensor, ...]) -> dict[str, int]:
     low, high = maps[0], maps[-1]
-    reason = why_plain(parts)
+    reason = why_not(parts, TO_COLLAPSE)
     if reason is not None:
         raise ValueError(f"the block can no longer run on row shards, because of {reason}")
     autocast = autocast_dtype(low)

@@ -56,19 +56,6 @@ def names_of(module: nn.Module) -> BlockNames | None:
     return next((names for names in BLOCKS if names.pools and names.matches(module)), None)
 
 
-def unsupported_setting(block: nn.Module, names: BlockNames) -> str | None:
-    """What of a block's configuration no published code base runs, or runs otherwise; None if nothing."""
-    stages = getattr(block, "stages", None)
-    if isinstance(stages, nn.ModuleList) and len(stages) != 1:
-        return f"{len(stages)} stages (query_scales or sizes): only one, of scale 1, is supported"
-    for path, expected in names.settings:
-        owner, _, attribute = path.rpartition(".")
-        found = getattr(block.get_submodule(owner), attribute, expected)
-        if found != expected:
-            return f"{path} is {found}, supported is {expected}"
-    return None
-
-
 def is_published(block: nn.Module, names: BlockNames, parts: Parts) -> bool:
     """Whether the block surely computes what the collapse does: known code, ordinary parts, and nothing beside them."""
     if type(block) in (PlainAFNB, PlainAPNB):
@@ -82,6 +69,7 @@ def is_published(block: nn.Module, names: BlockNames, parts: Parts) -> bool:
         and all(type(role.norm) in FUSABLE_NORMS and type(role.activation) is nn.ReLU for role in parts[:2])
         and all(type(module) in (*FUSABLE_NORMS, nn.ReLU, nn.Dropout2d) for module in parts.tail)
         and _width(block, names) == parts.query.conv.out_channels
+        and (parts.join is not None or not names.bottleneck)
     )
 
 

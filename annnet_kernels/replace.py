@@ -8,19 +8,22 @@ for the decode heads of other networks, in ``decode_heads``.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from . import checks
-from .collapse import Parts, collapsed_forward, runs_plain, why_plain
+from .collapse import Parts
 from .comparison import block_shapes, difference
 from .decode_heads.replacing import Refusal, ReplacedHead, dialect_of, replace_head, restore_head
-from .dialects import BLOCKS, BlockNames
+from .dialects import BlockNames
 from .folding import Foldable, explain
 from .heads import MergingHead, is_published_head
-from .recognition import is_published, names_of, unsupported_setting
+from .recognition import is_published, names_of
+from .requirements import LASTING, parts_to_collapse, why_not
+from .structures import OddStructure, Structure
 
 
 @dataclass
@@ -83,7 +86,7 @@ def replace_blocks(
     checks.module("model", model)
     for option, value in (("verify", verify), ("heads", heads)):
         if not isinstance(value, bool):
-            raise TypeError(f"{option}: expected a bool, got {value!r} of type {type(value).__name__}")
+            raise TypeError(f"{option}: expected a bool, got {checks.shown(value)} of type {type(value).__name__}")
     image_size = checks.map_size("image_size", image_size)
     report = ReplacementReport()
     for name, block in model.named_modules():
@@ -92,11 +95,14 @@ def replace_blocks(
         elif (names := names_of(block)) is not None:
             kind = type(block).__name__
             try:
-                how = _accepted(block, names, verify)
+                structure = names.structure_of(block)
+                how = _accepted(block, names, structure, verify)
+            except OddStructure as reason:
+                report.skipped[name] = f"{kind} ({names.dialect}): not built as expected: {reason}"
             except _Refusal as reason:
                 report.skipped[name] = f"{kind} ({names.dialect}): {reason}"
             else:
-                _replace(block, names)
+                _replace(block, structure)
                 report.replaced[name] = f"{kind} ({names.dialect}, {how})"
     for head in model.modules():
         if isinstance(getattr(head, "fusion", None), _FusedForward) and is_published_head(head):
@@ -163,13 +169,10 @@ class _Refusal(Exception):
     """Why a recognised block is left alone."""
 
 
-def _accepted(block: nn.Module, names: BlockNames, verify: bool) -> str:
-    """On what grounds a recognised block may be replaced; raises _Refusal if it may not."""
-    try:
-        parts = names.parts(block)
-        reason = unsupported_setting(block, names) or why_plain(parts)
-    except (TypeError, ValueError, AttributeError, IndexError) as error:
-        reason = f"not built as expected: {error}"
+def _accepted(block: nn.Module, names: BlockNames, structure: Structure, verify: bool) -> str:
+    """On what grounds a recognised block may be replaced; raises _Refusal or OddStructure if it may not."""
+    parts = structure.parts(block)
+    reason = why_not(parts, LASTING)
     for attribute in ("forward", "recompute"):
         if reason is None and attribute in vars(block):
             reason = f"has a {attribute} of its own"
@@ -180,33 +183,32 @@ def _accepted(block: nn.Module, names: BlockNames, verify: bool) -> str:
     if not verify:
         return "not compared"
     reason = difference(
-        block, block_shapes(parts), lambda twin: _replace(twin, names), dropouts=lambda twin: names.parts(twin).tail
+        block,
+        block_shapes(parts),
+        lambda twin: _replace(twin, structure),
+        dropouts=lambda twin: structure.parts(twin).tail,
     )
     if reason is not None:
         raise _Refusal(reason)
     return "compared"
 
 
-def _replace(block: nn.Module, names: BlockNames) -> None:
-    containers = dict.fromkeys(type(container) for container in names.parts(block).containers)
-    block.__class__ = _fused_class(type(block), names.dialect, names.kind, tuple(containers))
+def _replace(block: nn.Module, structure: Structure) -> None:
+    block.__class__ = _fused_class(type(block), structure)
 
 
 class _FusedForward(Foldable):
     """The forward of a replaced block; mixed in before the block's own class."""
 
     original: type[nn.Module]
-    names: BlockNames
-    container_types: tuple[type, ...]
+    structure: Structure
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        parts = self.parts()
-        maps = self._maps(args, kwargs, count=1 if parts.is_shared() else 2)
-        if maps is None or runs_plain(parts):
+        parts = parts_to_collapse(self, *args, *kwargs.values())
+        maps = None if parts is None else self._maps(args, kwargs, count=1 if parts.is_shared() else 2)
+        if parts is None or maps is None:
             return type(self).original.forward(self, *args, **kwargs)
-        if (fold := self.current_fold()) is not None:
-            return fold.forward(parts, maps[0], maps[-1])
-        return collapsed_forward(parts, maps[0], maps[-1], recompute=self.recompute)
+        return self.run(parts, maps[0], maps[-1])
 
     def _maps(self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> tuple[Tensor, ...] | None:
         """The maps that the block is called with, by position or name; None if it is not called with just them."""
@@ -218,29 +220,36 @@ class _FusedForward(Foldable):
         return args if len(args) == count else None
 
     def parts(self) -> Parts:
-        return type(self).names.parts(self)._replace(container_types=type(self).container_types)
+        return type(self).structure.parts(self)
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (type(self).original.extra_repr(self), explain(self))))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        fused, names = type(self), type(self).names
-        return _rebuild, (fused.original, names.dialect, names.kind, fused.container_types), self.__dict__.copy()
+        return _rebuild, (type(self).original, type(self).structure), nn.Module.__getstate__(self)
 
 
-_fused_classes: dict[tuple[type[nn.Module], str, str, tuple[type, ...]], type[nn.Module]] = {}
+def _forward_like(original: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a replaced block, which whoever asks sees with the names of the original's arguments."""
+
+    def forward(self: _FusedForward, *args: Any, **kwargs: Any) -> Any:
+        return _FusedForward.forward(self, *args, **kwargs)
+
+    forward.__wrapped__ = original.forward  # type: ignore[attr-defined]  # what inspect, torch.fx and torch.export read
+    return forward
 
 
-def _fused_class(
-    original: type[nn.Module], dialect: str, kind: str, container_types: tuple[type, ...]
-) -> type[nn.Module]:
+_fused_classes: dict[tuple[type[nn.Module], Structure], type[nn.Module]] = {}
+
+
+def _fused_class(original: type[nn.Module], structure: Structure) -> type[nn.Module]:
     """The subclass of ``original`` that runs collapsed; made once, so that equal blocks have equal classes."""
-    key = (original, dialect, kind, container_types)
+    key = (original, structure)
     if key not in _fused_classes:
         members = {
             "original": original,
-            "container_types": container_types,
-            "names": next(names for names in BLOCKS if (names.dialect, names.kind) == (dialect, kind)),
+            "structure": structure,
+            "forward": _forward_like(original),
             "__module__": original.__module__,
             "__doc__": original.__doc__,
         }
@@ -254,7 +263,7 @@ class _ReplacedHead(MergingHead):
     original: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild_head, (type(self).original,), self.__dict__.copy()
+        return _rebuild_head, (type(self).original,), nn.Module.__getstate__(self)
 
 
 _head_classes: dict[type[nn.Module], type[nn.Module]] = {}
@@ -273,8 +282,8 @@ def _rebuild_head(original: type[nn.Module]) -> nn.Module:
     return head
 
 
-def _rebuild(original: type[nn.Module], dialect: str, kind: str, container_types: tuple[type, ...]) -> nn.Module:
+def _rebuild(original: type[nn.Module], structure: Structure) -> nn.Module:
     """What pickle and deepcopy call: an empty block of the fused class, whose state they set."""
-    fused = _fused_class(original, dialect, kind, container_types)
+    fused = _fused_class(original, structure)
     block: nn.Module = fused.__new__(fused)
     return block

@@ -15,6 +15,7 @@ from annnet_kernels.row_shards import RectifiedAttention
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
+    pytest.mark.filterwarnings("ignore:annnet_kernels. .* torch.vmap:UserWarning"),
     pytest.mark.usefixtures("one_thread"),
 ]
 
@@ -69,11 +70,40 @@ def test_jacobians_by_vmap_over_the_backward_pass(kind):
     torch.testing.assert_close(torch.func.jacrev(fused, argnums=last)(*maps), torch.func.jacrev(plain, last)(*maps))
 
 
-def test_vmap_over_a_block_is_refused(kind):
-    fused, _ = build(kind)
-    maps = [torch.stack([x, x]) for x in draw_maps(kind)]
-    with pytest.raises(RuntimeError, match="vmap over Normalized"):
-        torch.func.vmap(fused.eval())(*maps)
+@pytest.mark.tool("torch.vmap over a block", "runs plain", "with a warning; over the two operators it works")
+@pytest.mark.parametrize("in_dim", [0, 1])
+def test_vmap_over_a_block(kind, in_dim):
+    fused, plain = (block.eval() for block in build(kind))
+    maps = [torch.stack([x, x + 1, -x], dim=in_dim) for x in draw_maps(kind)]
+    with pytest.warns(UserWarning, match=r"runs its published forward, because of torch\.vmap over the block"):
+        got = torch.func.vmap(fused, in_dims=in_dim)(*maps)
+    torch.testing.assert_close(got, torch.func.vmap(plain, in_dims=in_dim)(*maps))
+    alone = torch.stack([fused(*(x.select(in_dim, i) for x in maps)) for i in range(3)])
+    torch.testing.assert_close(got, alone)
+
+
+@pytest.mark.tool(
+    "torch.func ensembles (stack_module_state, vmap, grad)", "runs plain", "training with dropout included"
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_an_ensemble_of_blocks(kind, training):
+    """Statistics are per member, as the stacked buffers are."""
+    maps, weights, found = draw_maps(kind), output_weights(kind), []
+    members = [build(kind, dropout=0.5) for _ in range(2)]
+    for blocks in zip(*members, strict=True):
+        for block in blocks:
+            block.train(training)
+        parameters, buffers = torch.func.stack_module_state(list(blocks))
+        template = copy.deepcopy(blocks[0]).to("meta")
+
+        def loss(parameters, buffers, maps, template=template):
+            return (torch.func.functional_call(template, (parameters, buffers), maps) * weights).sum()
+
+        torch.manual_seed(5)
+        each = torch.func.vmap(torch.func.grad_and_value(loss), in_dims=(0, 0, None), randomness="different")
+        gradients, values = each(parameters, buffers, tuple(maps))
+        found.append({"loss": values.detach(), **gradients, **{name: b.detach() for name, b in buffers.items()}})
+    assert_same(*found)
 
 
 @pytest.mark.parametrize("training", [True, False])

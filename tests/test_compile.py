@@ -126,3 +126,32 @@ def test_cuda_graphs_of_inductor():
         torch.compiler.cudagraph_mark_step_begin()
         assert_same(step(compiled, model, maps), step(twin, twin, maps), tolerance=1e-3)
     assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
+@pytest.mark.tool("torch.compile with compiled autograd", "works", "aot_eager and inductor, training and evaluation")
+@pytest.mark.parametrize(
+    ("kind", "training", "backend"),
+    [
+        ("AFNB", True, "aot_eager"),
+        ("APNB", False, "aot_eager"),
+        ("APNB", True, "aot_eager"),
+        ("APNB", True, "inductor"),
+    ],
+)
+def test_compiled_autograd(kind, training, backend):
+    block = build(kind)[0].train(training)
+    twin = copy.deepcopy(block)
+    maps = draw(SIZES[0])[-len(MAPS[kind]) :]
+
+    def run(model):
+        inputs = [x.clone().requires_grad_() for x in maps]
+        out = model(*inputs)
+        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+        return {"out": out.detach(), **{f"input {i}": x.grad for i, x in enumerate(inputs)}}
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        got = torch.compile(run, backend=backend)(block)
+    expected = run(twin)
+    for found, model in ((got, block), (expected, twin)):
+        found |= {f"grad {name}": p.grad for name, p in model.named_parameters()} | dict(model.named_buffers())
+    assert_same(got, expected)

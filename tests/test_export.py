@@ -1,5 +1,7 @@
 """torch.export of the blocks and operators with free batch, height and width: saved, loaded, run at other sizes."""
 
+import copy
+import io
 import itertools
 import os
 import subprocess
@@ -46,6 +48,65 @@ def export(module, channels):
     batch = Dim("batch", max=64)
     sizes = tuple({0: batch, 2: Dim(f"height{i}"), 3: Dim(f"width{i}")} for i in range(len(channels)))
     return torch.export.export(module, draw(channels, (2, 20, 18)), dynamic_shapes=sizes)
+
+
+@pytest.mark.tool("torch.export of a block in evaluation", "works", "collapsed, free sizes, forward only")
+@pytest.mark.parametrize("kind", block_rule.CLASSES)
+def test_a_replaced_block_is_exported_collapsed_under_its_own_names(kind):
+    _, plain = block_rule.build(kind)
+    replaced = copy.deepcopy(plain).eval()
+    ak.replace_blocks(replaced)
+    channels = [shape[1] for shape in block_rule.MAPS[kind]]
+    program = export(replaced.float(), channels)
+    assert "annnet" in str(program.graph)
+    maps = draw(channels, (3, 33, 41))
+    torch.testing.assert_close(program.module()(*maps), replaced(*maps))
+
+
+@pytest.mark.tool(
+    "PT2E quantisation (torchao)",
+    "works",
+    "left unquantised: the program holds this package's operators",
+    package="torchao",
+)
+@pytest.mark.parametrize("kind", block_rule.CLASSES)
+def test_a_quantizer_leaves_the_collapsed_block_as_it_is(kind):
+    quantize = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="torchao is not installed")
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    block, channels = build_block(kind)
+    maps = draw(channels, (2, 13, 11))
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = quantize.prepare_pt2e(torch.export.export(block, maps).module(), quantizer)
+    prepared(*maps)
+    torch.testing.assert_close(quantize.convert_pt2e(prepared)(*maps), block(*maps))
+
+
+@pytest.mark.tool("torch.export of a block in training", "runs plain", "saves, loads and trains")
+@pytest.mark.filterwarnings("ignore:annnet_kernels. .* torch.export in training mode:UserWarning")
+@pytest.mark.parametrize("way", ["own", "replaced"])
+@pytest.mark.parametrize("kind", block_rule.CLASSES)
+def test_a_program_of_a_training_block_is_saved_loaded_and_trained(kind, way):
+    fused, plain = block_rule.build(kind)
+    if way == "replaced":
+        fused = copy.deepcopy(plain)
+        ak.replace_blocks(fused)
+    channels = [shape[1] for shape in block_rule.MAPS[kind]]
+    file = io.BytesIO()
+    torch.export.save(export(fused.float(), channels), file)
+    file.seek(0)
+    program = torch.export.load(file).module()
+    maps = draw(channels, (3, 33, 41))
+    for model in (program, plain.float()):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for _ in range(2):
+            optimizer.zero_grad()
+            out = model(*maps)
+            out.square().mean().backward()
+            optimizer.step()
+    state = program.state_dict()
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 LOAD = """

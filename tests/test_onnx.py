@@ -179,6 +179,54 @@ def test_a_replaced_block_is_exported_collapsed(exporter, tmp_path):
     torch.testing.assert_close(run(session, [x])[0], model(x), rtol=1e-4, atol=1e-5)
 
 
+def computed_weights(graph):
+    """Convolutions and products whose weight is no initializer, though neither operand follows from the input."""
+    initializers = {tensor.name for tensor in graph.initializer}
+    constant, computed = set(initializers), []
+    for node in graph.node:
+        if node.input and set(node.input) <= constant:
+            constant |= set(node.output)
+        if node.op_type in ("Conv", "MatMul", "Gemm"):
+            computed += [name for name in node.input[:2] if name in constant - initializers]
+    return computed
+
+
+@pytest.mark.tool(
+    "torch.onnx.export", "works", "both exporters; free sizes, constant weights, onnxruntime", package="onnx"
+)
+@pytest.mark.tool("onnxruntime quantize_dynamic", "works", "of blocks of any width", package="onnxruntime")
+@pytest.mark.parametrize("width", [1, 8])
+@pytest.mark.parametrize("exporter", EXPORTERS[:2])
+@pytest.mark.parametrize("kind", block_rule.CLASSES)
+def test_every_weight_is_an_initializer_and_can_be_quantised(kind, exporter, width, tmp_path):
+    """Exporters fold what is computed from small weights, not from large ones."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    cls, _, channels = block_rule.CLASSES[kind]
+    widths = [width * c for c in (*channels, block_rule.KEY, block_rule.VALUE)]
+    block = cls(*widths, dropout=0.0).eval()
+    block_rule.randomise(block)
+    maps = tuple(torch.randn(2, width * shape[1], 13, 9) for shape in block_rule.MAPS[kind])
+    graph, _ = export(block, maps, exporter, tmp_path / "block.onnx")
+    assert not computed_weights(graph)
+    assert len([node for node in graph.node if node.op_type == "Conv"]) == (5 if kind == "AFNB" else 4)
+    quantize_dynamic(tmp_path / "block.onnx", tmp_path / "quantised.onnx")
+    got, expected = run(onnxruntime.InferenceSession(tmp_path / "quantised.onnx"), maps)[0], block(*maps)
+    assert float((got - expected).norm() / expected.norm()) < 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", block_rule.CLASSES)
+def test_export_under_autocast(kind, dtype, tmp_path):
+    """What PyTorch's exporters make of a plain convolution there, onnxruntime may refuse: the graph is looked at."""
+    block, _, channels = build_block(kind)
+    maps = tuple(torch.randn(1, c, 9, 9) for c in channels)
+    with torch.autocast("cpu", dtype):
+        torch.onnx.export(block.float(), maps, tmp_path / "block.onnx", dynamo=True, verbose=False)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "block.onnx").graph.node]
+    assert kinds.count("Conv") == (5 if kind == "AFNB" else 4)
+
+
 @given(
     st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40)),
     st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=4),
@@ -208,10 +256,14 @@ def test_standard_operators_round_once(dtype):
     assert_as_accurate_as_plain(results, dtype)
 
 
-def test_training_mode_is_refused(tmp_path):
-    block, mode = ak.APNB(6, 6, 4, 4), torch.onnx.TrainingMode.PRESERVE
-    with pytest.raises(ValueError, match=r"evaluation mode for an export to ONNX, got training mode: call \.eval\(\)"):
-        export(block, (torch.randn(2, 6, 9, 9),), "torchscript", tmp_path / "block.onnx", training=mode)
+@pytest.mark.tool("torch.onnx.export in training mode", "refused", "the message says to call .eval()", package="onnx")
+@pytest.mark.parametrize("exporter", EXPORTERS[:2])
+def test_training_mode_is_refused(exporter, tmp_path):
+    mode = {"training": torch.onnx.TrainingMode.PRESERVE} if exporter == "torchscript" else {}
+    block = ak.APNB(6, 6, 4, 4)
+    message = r"evaluation mode for an export to ONNX, got training mode: call \.eval\(\)"
+    with pytest.raises((ValueError, torch.onnx.errors.OnnxExporterError), match=message):
+        export(block, (torch.randn(2, 6, 9, 9),), exporter, tmp_path / "block.onnx", **mode)
 
 
 def test_a_block_that_runs_its_published_forward_says_that_the_size_is_fixed(tmp_path):

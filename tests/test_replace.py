@@ -331,8 +331,9 @@ def test_a_block_with_a_recompute_of_its_own_is_left_alone():
 
 def test_an_odd_structure_is_left_alone_and_named():
     block = published.APNBBlock(10, 7, 8, 5)
-    block.Conv_Key = block.Conv_Query = nn.Sequential(nn.Conv2d(10, 8, 1), nn.ReLU())
-    assert "not built as expected: Sequential has no module '2'" in ak.replace_blocks(block).skipped[""]
+    block.Conv_Key = block.Conv_Query = nn.Sequential(nn.Conv2d(10, 8, 1), nn.Conv2d(8, 8, 1), nn.ReLU())
+    expected = "not built as expected: Conv_Key holds Conv2d, Conv2d, ReLU; expected a convolution, then at most a norm"
+    assert expected in ak.replace_blocks(block).skipped[""]
 
 
 def test_blocks_that_are_fused_already_are_named():

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..autocast import autocast_dtype
-from ..collapse import HOOKS, epilogue
+from ..collapse import epilogue
 from ..functional import pyramid_pool
+from ..requirements import HOOKS
 from .algebra import Size, convolve_resized
 
 SizeAt = Callable[[int], Size]

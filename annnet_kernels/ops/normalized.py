@@ -32,8 +32,16 @@ def _mean_sums(sums: Tensor, samples: int | Tensor | None, group: Any) -> Tensor
     return sums / samples
 
 
-def _zeros_like(shift: Tensor | None) -> Tensor | None:
-    return None if shift is None else torch.zeros_like(shift)
+def _no_gradient(mean: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """The gradient of ``shift``, zero; None where there is no shift.
+
+    A context keeps the dtype of it alone: compiled autograd loses a tensor that is kept as an attribute.
+    """
+    return None if dtype is None else mean.new_zeros(mean.shape, dtype=dtype)
+
+
+def _dtype_of(shift: Tensor | None) -> torch.dtype | None:
+    return None if shift is None else shift.dtype
 
 
 class NormalizedPool(torch.autograd.Function):
@@ -58,15 +66,17 @@ class NormalizedPool(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        y, mean, invstd, weight, bias, ctx.shift, ctx.samples, ctx.group, *ctx.constants = inputs
+        y, mean, invstd, weight, bias, shift, ctx.samples, ctx.group, *ctx.constants = inputs
+        ctx.shift = _dtype_of(shift)
         ctx.save_for_backward(y, mean, invstd, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Gradients:
-        dy, dweight, dbias = _rectified_backward(ctx.saved_tensors, grad, None, ctx.samples, ctx.group, *ctx.constants)
+        saved = ctx.saved_tensors
+        dy, dweight, dbias = _rectified_backward(saved, grad, None, ctx.samples, ctx.group, *ctx.constants)
         # mean, invstd; samples, group, heights, widths, backend
-        return dy, None, None, dweight, dbias, _zeros_like(ctx.shift), None, None, None, None, None
+        return dy, None, None, dweight, dbias, _no_gradient(saved[1], ctx.shift), None, None, None, None, None
 
 
 class NormalizedAttention(torch.autograd.Function):
@@ -113,7 +123,8 @@ class NormalizedAttention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        y, mean, invstd, weight, bias, ctx.shift, key, value, x, x_weight, _, *constants = inputs
+        y, mean, invstd, weight, bias, shift, key, value, x, x_weight, _, *constants = inputs
+        ctx.shift = _dtype_of(shift)
         ctx.samples, ctx.group, ctx.scale, *ctx.constants = constants
         ctx.shared = key is None
         _, logsumexp, pooled = output
@@ -143,7 +154,7 @@ class NormalizedAttention(torch.autograd.Function):
             None,  # invstd
             dweight,
             dbias,
-            _zeros_like(ctx.shift),
+            _no_gradient(mean, ctx.shift),
             None if ctx.shared or not needs[1] else dkey,
             dvalue if needs[2] else None,
             *product_backward(grad, x, x_weight, ctx.needs_input_grad[8:11]),
@@ -207,7 +218,8 @@ class NormalizedTail(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        y, mean, invstd, weight, bias, ctx.shift, channel_scale, ctx.relu, ctx.samples, ctx.group, ctx.backend = inputs
+        y, mean, invstd, weight, bias, shift, channel_scale, ctx.relu, ctx.samples, ctx.group, ctx.backend = inputs
+        ctx.shift = _dtype_of(shift)
         ctx.save_for_backward(y, mean, invstd, weight, bias, channel_scale)
 
     @staticmethod
@@ -218,4 +230,4 @@ class NormalizedTail(torch.autograd.Function):
         mean_sums = _mean_sums(sums, ctx.samples, ctx.group)
         dy = torch.ops.annnet.batch_norm_bwd_input(grad, *saved, ctx.relu, mean_sums, ctx.backend)
         # mean, invstd; channel_scale, relu, samples, group, backend
-        return dy, None, None, sums[1], sums[0], _zeros_like(ctx.shift), None, None, None, None, None
+        return dy, None, None, sums[1], sums[0], _no_gradient(saved[1], ctx.shift), None, None, None, None, None
