@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import tracers
@@ -74,6 +75,12 @@ def asymmetric_attention(query: Tensor, key: Tensor, value: Tensor, scale: float
     attention = logits.softmax(dim=1)
     out = value @ attention.to(value.dtype)
     return out.view(query.shape[0], value.shape[1], query.shape[2], query.shape[3]), attention
+
+
+def upsampled(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    """(B, K, H, W) in float32 at least."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.interpolate(wide, size, mode="bilinear", align_corners=align_corners)
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
