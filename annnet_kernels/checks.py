@@ -237,3 +237,15 @@ def flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {value!r} of type {type(value).__name__}")
     return value
+
+
+def pixel_size(name: str, value: object) -> tuple[int, int]:
+    """A pair (H, W) of positive integers; while a tracer lets sizes vary, of what stands for them."""
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        traced = [isinstance(length, torch.SymInt) or (jit_tracing() and isinstance(length, torch.Tensor)) for length in value]
+        height, width = (
+            length if free else positive_int(f"{name}[{i}]", length)
+            for i, (length, free) in enumerate(zip(value, traced, strict=True))
+        )
+        return height, width
+    return map_size(name, value)

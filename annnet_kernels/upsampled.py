@@ -121,7 +121,7 @@ def upsampled_argmax(logits: Tensor, size: Sequence[int], *, align_corners: bool
         torch.Size([2, 513, 513])
     """
     checks.feature_map("logits", logits)
-    height, width = checks.map_size("size", size)
+    height, width = checks.pixel_size("size", size)
     align_corners = checks.flag("align_corners", align_corners)
     if onnx.exporting():
         return onnx.upsampled(logits, (height, width), align_corners).argmax(1)
