@@ -227,7 +227,7 @@ def fraction(name: str, value: object) -> float:
     """A real number from 0 to 1."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number from 0 to 1, got {value!r} of type {type(value).__name__}")
-    if not 0 <= value <= 1:
+    if not 0 <= float(value) <= 1:
         raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
     return float(value)
 
@@ -242,7 +242,9 @@ def flag(name: str, value: object) -> bool:
 def pixel_size(name: str, value: object) -> tuple[int, int]:
     """A pair (H, W) of positive integers; while a tracer lets sizes vary, of what stands for them."""
     if isinstance(value, (tuple, list)) and len(value) == 2:
-        traced = [isinstance(length, torch.SymInt) or (jit_tracing() and isinstance(length, torch.Tensor)) for length in value]
+        traced = [
+            isinstance(length, torch.SymInt) or (jit_tracing() and isinstance(length, torch.Tensor)) for length in value
+        ]
         height, width = (
             length if free else positive_int(f"{name}[{i}]", length)
             for i, (length, free) in enumerate(zip(value, traced, strict=True))

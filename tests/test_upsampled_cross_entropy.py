@@ -71,9 +71,7 @@ def test_accuracy_of_options(weighted, smoothing, reduction, dtype, backend):
 @pytest.mark.parametrize("label_dtype", [torch.int32, torch.uint8], ids=str)
 def test_accuracy_of_label_dtypes(label_dtype, backend):
     for reduction in ("mean", "none"):
-        assert_accurate(
-            (2, 19, 5, 6), (40, 41), torch.float32, backend, label_dtype=label_dtype, reduction=reduction
-        )
+        assert_accurate((2, 19, 5, 6), (40, 41), torch.float32, backend, label_dtype=label_dtype, reduction=reduction)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -300,13 +298,23 @@ BAD = [
     ((LOGITS.long(), LABELS), {}, TypeError, "logits: expected dtype float32"),
     ((LOGITS[0], LABELS), {}, ValueError, r"logits: expected a feature map of shape \(B, C, H, W\)"),
     ((LOGITS, LABELS.tolist()), {}, TypeError, "target: expected a torch.Tensor, got list"),
-    ((LOGITS, torch.zeros(2, 3, 8, 9)), {}, TypeError, "target: expected class indices.*class probabilities are refused"),
+    (
+        (LOGITS, torch.zeros(2, 3, 8, 9)),
+        {},
+        TypeError,
+        "target: expected class indices.*class probabilities are refused",
+    ),
     ((LOGITS, LABELS.short()), {}, TypeError, "target: expected dtype int64, int32 or uint8, got torch.int16"),
     ((LOGITS, LABELS[0]), {}, ValueError, r"target: expected class indices of shape \(B, H, W\), got shape \(8, 9\)"),
     ((LOGITS, LABELS[:1]), {}, ValueError, "target: expected the batch of logits, 2"),
     ((LOGITS, LABELS[:, :0]), {}, ValueError, "target: expected at least one row and column"),
     ((LOGITS, LABELS.to("meta")), {}, ValueError, "target: expected the device of logits, cpu, got meta"),
-    ((LOGITS, LABELS, torch.ones(4)), {}, ValueError, r"weight: expected one weight per class, \(3,\), got shape \(4,\)"),
+    (
+        (LOGITS, LABELS, torch.ones(4)),
+        {},
+        ValueError,
+        r"weight: expected one weight per class, \(3,\), got shape \(4,\)",
+    ),
     ((LOGITS, LABELS, torch.ones(3).double()), {}, TypeError, "weight: expected dtype torch.float32"),
     ((LOGITS, LABELS, torch.ones(3, device="meta")), {}, ValueError, "weight: expected the device of logits"),
     ((LOGITS, LABELS), {"reduction": "median"}, ValueError, "reduction: expected one of none, mean, sum, got 'median'"),

@@ -18,6 +18,8 @@ _COLUMNS, _WARPS = 128, 4
 _MOST_ROWS = 8
 _MOST_LANE_CLASSES = 8
 """With eight classes a lane keeps 32 corners and 32 gradients of them in registers."""
+_ALL_REGISTERS = 255
+"""Left to itself, ptxas holds the kernels with label smoothing to fewer and spills up to 16 bytes (sm_90)."""
 
 
 def upsampled_cross_entropy(
@@ -132,7 +134,7 @@ def plan_loss(
         **_geometry(logits, rows, columns, align_corners),
         **_tile(logits.shape[2], rows),
     }
-    return Launch(upsampled_loss_kernel, (programs,), arguments, _WARPS, 1)
+    return Launch(upsampled_loss_kernel, (programs,), arguments, _WARPS, 1, _ALL_REGISTERS)
 
 
 def plan_gradient(
@@ -164,7 +166,9 @@ def plan_gradient(
         **_geometry(logits, rows, columns, align_corners),
         **tile,
     }
-    return Launch(upsampled_gradient_kernel, (batch * (height + 1) * groups * blocks,), arguments, _WARPS, 1)
+    return Launch(
+        upsampled_gradient_kernel, (batch * (height + 1) * groups * blocks,), arguments, _WARPS, 1, _ALL_REGISTERS
+    )
 
 
 def gradient_tile(classes: int, width: int) -> dict[str, int]:
@@ -188,33 +192,32 @@ def plan_argmax(logits: Tensor, align_corners: bool, out: Tensor) -> Launch:
         **_geometry(logits, rows, columns, align_corners),
         **_tile(logits.shape[2], rows),
     }
-    return Launch(upsampled_argmax_kernel, (_pixel_programs(logits, columns),), arguments, _WARPS, 1)
+    return Launch(upsampled_argmax_kernel, (_pixel_programs(logits, columns),), arguments, _WARPS, 1, _ALL_REGISTERS)
 
 
-EXAMPLES = ((19, 65, 513), (21, 65, 513), (150, 64, 512))
-"""Classes, cells and pixels along an axis, of Cityscapes, VOC and ADE20K."""
+_EXAMPLES = ((19, 65, 513), (21, 65, 513), (150, 64, 512))
+"""Classes, cells and pixels along an axis, of Cityscapes, VOC and ADE20K: what a lane holds depends on the classes."""
 
 
 def launch_variants(device: Device) -> Iterator[tuple[str, str, Launch]]:
     """(dtype, layout, launch) for the usual sizes and options; strides and sizes are arguments, and compile nothing."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         like = torch.empty(0, dtype=dtype, device="meta")
-        for classes, cells, pixels in EXAMPLES:
-            logits = empty_map(like, (2, classes, cells, cells), False)
-            pixel = logits.new_empty((2, pixels, pixels), dtype=torch.float32)
-            top, bottom = (torch.empty_like(logits, dtype=torch.float32) for _ in range(2))
-            launches = []
-            for label in (torch.int64, torch.uint8):
-                target = pixel.new_empty(pixel.shape, dtype=label)
-                for weight, smoothing in ((None, 0.0), (pixel.new_empty(classes), 0.1)):
-                    operands, options = (logits, target, weight), (255, smoothing, False)
-                    launches += [
-                        plan_loss(operands, options, None, None),
-                        plan_loss(operands, options, pixel, None),
-                        plan_loss(operands, options, None, pixel),
-                        plan_gradient(operands, options, None, pixel, top, bottom),
-                        plan_gradient(operands, options, pixel, pixel, top, bottom),
-                    ]
-            launches.append(plan_argmax(logits, False, pixel.new_empty(pixel.shape, dtype=torch.int64)))
-            for launch in launches:
+        for example in _EXAMPLES:
+            for launch in _variants_of(like, *example):
                 yield str(dtype).removeprefix("torch."), "any", launch
+
+
+def _variants_of(like: Tensor, classes: int, cells: int, pixels: int) -> Iterator[Launch]:
+    logits = empty_map(like, (2, classes, cells, cells), False)
+    pixel = logits.new_empty((2, pixels, pixels), dtype=torch.float32)
+    weights = pixel.new_empty(classes)
+    top, bottom = (torch.empty_like(logits, dtype=torch.float32) for _ in range(2))
+    for label, weight, smoothing in ((torch.int64, None, 0.0), (torch.uint8, None, 0.0), (torch.int64, weights, 0.1)):
+        operands = (logits, pixel.new_empty(pixel.shape, dtype=label), weight)
+        options = (255, smoothing, False)
+        for losses, logsumexp in ((None, None), (pixel, None), (None, pixel)):
+            yield plan_loss(operands, options, losses, logsumexp)
+        for grad in (None, pixel):
+            yield plan_gradient(operands, options, grad, pixel, top, bottom)
+    yield plan_argmax(logits, False, pixel.new_empty(pixel.shape, dtype=torch.int64))

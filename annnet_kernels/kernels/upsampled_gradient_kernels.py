@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .upsampled_kernels import GEOMETRY, GRAD, TARGET, _LOG2_E, _first_pixel, _labels, _row_weight
+from .upsampled_kernels import _LOG2_E, GEOMETRY, GRAD, TARGET, _first_pixel, _labels, _row_weight
 
 
 @triton.jit
@@ -108,12 +108,8 @@ def upsampled_gradient_kernel(
     d_bottom_right = ()
     for u in tl.static_range(LANE_CLASSES):
         k = (first_class + u)[:, None]
-        top_left += (
-            _load_corner(logits, k, n_classes, exists, above + left_offset[None, :], logits_channel_stride),
-        )
-        top_right += (
-            _load_corner(logits, k, n_classes, exists, above + right_offset[None, :], logits_channel_stride),
-        )
+        top_left += (_load_corner(logits, k, n_classes, exists, above + left_offset[None, :], logits_channel_stride),)
+        top_right += (_load_corner(logits, k, n_classes, exists, above + right_offset[None, :], logits_channel_stride),)
         bottom_left += (
             _load_corner(logits, k, n_classes, exists, below + left_offset[None, :], logits_channel_stride),
         )

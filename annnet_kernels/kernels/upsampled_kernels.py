@@ -136,8 +136,8 @@ def upsampled_loss_kernel(
 ):
     """Loss and logsumexp of each pixel, and the sums of losses and of label weights over the program's pixels.
 
-    Grid: (B · (h + 1) · ⌈W / BLOCK_COLUMNS⌉,). losses, logsumexp (B, H, W) or None, partial (programs, 2), weight (K) or
-    None, total_weight (1) or None for K.
+    Grid: (B · (h + 1) · ⌈W / BLOCK_COLUMNS⌉,). losses, logsumexp (B, H, W) or None, partial (programs, 2), weight (K)
+    or None, total_weight (1) or None for K.
     """
     batch, stripe, first, last, x = _own_pixels(height, rows, columns, row_step, row_start, row_divisor, BLOCK_COLUMNS)
     inside = x < columns

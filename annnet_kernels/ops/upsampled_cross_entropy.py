@@ -204,7 +204,7 @@ class UpsampledCrossEntropy(torch.autograd.Function):
         if upstream is None or not ctx.needs_input_grad[0]:
             return None, *nothing
         logits, target, weight, unit_gradient = ctx.saved_tensors
-        made = unit_gradient if ctx.gradient else None
+        made = unit_gradient if ctx.gradient and not ctx.per_pixel else None
         dlogits = apply(
             UpsampledCrossEntropyBackward, upstream, made, logits, target, weight, *ctx.options, ctx.backend
         )
@@ -257,8 +257,6 @@ def _differentiable(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @_route_bwd
-def _differentiable_bwd(
-    logits: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor, *options: Any
-) -> Tensor:
+def _differentiable_bwd(logits: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor, *options: Any) -> Tensor:
     dlogits: Tensor = UpsampledCrossEntropyBackward.apply(grad, None, logits, target, weight, *options)
     return dlogits

@@ -81,9 +81,7 @@ def upsampled_argmax_out(logits: Tensor, size: Sequence[int], align_corners: boo
     if out.numel() == 0:
         return
     like = logits.new_empty(0, dtype=_accumulator(logits))
-    rows, widths = (
-        lines(a, b, align_corners) for a, b in zip(logits.shape[2:], size, strict=True)
-    )
+    rows, widths = (lines(a, b, align_corners) for a, b in zip(logits.shape[2:], size, strict=True))
     columns = _Columns(logits.shape[3], widths, like)
     for image, target in zip(logits, out, strict=True):
         for stripe in _stripes(rows, like):

@@ -180,8 +180,7 @@ void upsampled_cross_entropy(const at::Tensor& logits, const at::Tensor& target,
                              int64_t ignore_index, double label_smoothing, bool align_corners, bool per_pixel,
                              bool gradient, at::Tensor& losses, at::Tensor& sums, at::Tensor& unit_gradient) {
   at::Tensor weights;
-  Problem problem =
-      cross_entropy_of(logits, target, weight, ignore_index, label_smoothing, align_corners, weights);
+  Problem problem = cross_entropy_of(logits, target, weight, ignore_index, label_smoothing, align_corners, weights);
   ANNNET_CHECK_SHAPE(sums, logits.size(0), 2);
   ANNNET_CHECK_DTYPE(sums, accumulator(logits));
   TORCH_CHECK_VALUE(sums.is_contiguous(), "sums: expected a contiguous tensor, got strides ", sums.strides());
@@ -204,8 +203,7 @@ void upsampled_cross_entropy_bwd(const at::Tensor& logits, const at::Tensor& tar
                                  const at::Tensor& grad, int64_t ignore_index, double label_smoothing,
                                  bool align_corners, at::Tensor& dlogits) {
   at::Tensor weights;
-  Problem problem =
-      cross_entropy_of(logits, target, weight, ignore_index, label_smoothing, align_corners, weights);
+  Problem problem = cross_entropy_of(logits, target, weight, ignore_index, label_smoothing, align_corners, weights);
   ANNNET_CHECK_SHAPE(grad, target.size(0), target.size(1), target.size(2));
   ANNNET_CHECK_DTYPE(grad, accumulator(logits));
   ANNNET_CHECK_SHAPE(dlogits, logits.size(0), logits.size(1), logits.size(2), logits.size(3));

@@ -45,10 +45,10 @@ struct UpsampledArgs {
   UpsampledPixels target;
   LabelType label_type;
   int64_t ignore_index;
-  const void* weight;    // (classes) accumulators, or null for 1
-  double smoothing;      // label smoothing
-  UpsampledPixels grad;  // upstream gradients, accumulators; data is null for 1
-  void* losses;          // (B, rows, columns) accumulators, or null
+  const void* weight;       // (classes) accumulators, or null for 1
+  double smoothing;         // label smoothing
+  UpsampledPixels grad;     // upstream gradients, accumulators; data is null for 1
+  void* losses;             // (B, rows, columns) accumulators, or null
   UpsampledCells gradient;  // accumulators; data is null if none is asked for
 
   int64_t* indices;  // (B, rows, columns): of the argmax

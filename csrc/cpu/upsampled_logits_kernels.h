@@ -74,8 +74,8 @@ void store_cells(const UpsampledArgs& args, int64_t image, int64_t row, const A*
 
 template <class A>
 struct Block {
-  int64_t first, count;     // columns
-  int64_t low[kLanes<A>];   // offsets of the cells to both sides of each column, the last one's repeated
+  int64_t first, count;    // columns
+  int64_t low[kLanes<A>];  // offsets of the cells to both sides of each column, the last one's repeated
   int64_t high[kLanes<A>];
   A weight[kLanes<A>];
 

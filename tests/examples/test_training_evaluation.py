@@ -111,7 +111,13 @@ class Halved(torch.nn.Module):
 
 @pytest.mark.parametrize(
     ("changes", "averages"),
-    [({}, False), ({"window": 40}, False), ({"window": 16}, True), ({"flip": True}, True), ({"eval_scales": (0.5,)}, True)],
+    [
+        ({}, False),
+        ({"window": 40}, False),
+        ({"window": 16}, True),
+        ({"flip": True}, True),
+        ({"eval_scales": (0.5,)}, True),
+    ],
 )
 def test_classes_are_chosen_without_probabilities_where_none_are_averaged(tiny, changes, averages):
     network, image, options = Halved(), torch.randn(1, 3, 40, 24), tiny(**changes)
