@@ -31,8 +31,8 @@ def upsampled_cross_entropy(
 
     Equals ``F.cross_entropy(F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=align_corners),
     target, …)``, but nothing with all classes exists at full resolution. Logits of 16 bits are upsampled in float32,
-    and each result is rounded once. Bitwise deterministic, forward and backward; differentiable once, for ``logits`` only.
-    Under autocast the logits keep their dtype, and the loss is float32.
+    and each result is rounded once. Bitwise deterministic, forward and backward; differentiable once, for ``logits``
+    only. Under autocast the logits keep their dtype, and the loss is float32.
 
     Args:
         logits: (B, K, h, w), float32, float64, bfloat16 or float16, in any strides (nothing is copied).

@@ -25,9 +25,9 @@ _EPS = torch.finfo(torch.float32).eps
 class FusedANNHead(MergingHead, ANNHead):  # type: ignore[misc]
     """mmsegmentation's ``ANNHead``, its two blocks collapsed and fused: same arguments, parameters, keys and losses.
 
-    ``ak.fold_for_inference`` merges its AFNB with the bottleneck behind it. A plain ``CrossEntropyLoss`` without sampler
-    and class weights, and the accuracy beside it, are computed without logits of full resolution, to the same numbers;
-    ``print(head)`` says why where they are not.
+    ``ak.fold_for_inference`` merges its AFNB with the bottleneck behind it. A plain ``CrossEntropyLoss`` without
+    sampler and class weights, and the accuracy beside it, are computed without logits of full resolution, to the same
+    numbers; ``print(head)`` says why where they are not.
 
     A configuration needs one word changed, ``type="annnet_kernels.integrations.mmseg.FusedANNHead"``; or
     ``type="FusedANNHead"`` with ``custom_imports = dict(imports=["annnet_kernels.integrations.mmseg"])``.

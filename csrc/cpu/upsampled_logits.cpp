@@ -14,7 +14,7 @@
 #include "levels.h"
 #include "tensors.h"
 
-namespace annnet {
+namespace annnet::upsampled_logits {
 
 namespace {
 
@@ -139,7 +139,7 @@ void check_logits(const at::Tensor& logits) {
 }
 
 // The problem of a cross-entropy; what it needs in contiguous memory is kept in `weights`.
-Problem cross_entropy_of(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+Problem cross_entropy_of(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& class_weight,
                          int64_t ignore_index, double label_smoothing, bool align_corners, at::Tensor& weights) {
   check_logits(logits);
   ANNNET_CHECK_RANK(target, 3);
@@ -153,10 +153,11 @@ Problem cross_entropy_of(const at::Tensor& logits, const at::Tensor& target, con
   problem.args.label_type = type == at::kLong ? kInt64 : type == at::kInt ? kInt32 : kUint8;
   problem.args.ignore_index = ignore_index;
   problem.args.smoothing = label_smoothing;
-  if (weight) {
-    ANNNET_CHECK_SHAPE(*weight, logits.size(1));
-    ANNNET_CHECK_DTYPE(*weight, accumulator(logits));
-    weights = weight->contiguous();
+  if (class_weight) {
+    const at::Tensor weight = class_weight->contiguous();
+    ANNNET_CHECK_SHAPE(weight, logits.size(1));
+    ANNNET_CHECK_DTYPE(weight, accumulator(logits));
+    weights = weight;
     problem.args.weight = weights.const_data_ptr();
   }
   return problem;
@@ -238,4 +239,4 @@ TORCH_LIBRARY_IMPL(annnet_native, CPU, m) {
   m.impl("upsampled_argmax", &upsampled_argmax);
 }
 
-}  // namespace annnet
+}  // namespace annnet::upsampled_logits
