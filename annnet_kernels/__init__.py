@@ -11,6 +11,7 @@ from .functional import asymmetric_attention, pyramid_pool, token_regions
 from .model import ANNNet
 from .reference import NonLocalBlock
 from .replace import replace_blocks, restore_blocks
+from .upsampled import upsampled_argmax, upsampled_cross_entropy
 from .warmup import warmup
 
 __version__ = "0.1.0"
@@ -29,6 +30,8 @@ __all__ = [
     "restore_blocks",
     "to_dialect",
     "token_regions",
+    "upsampled_argmax",
+    "upsampled_cross_entropy",
     "use_backend",
     "warmup",
 ]

@@ -197,3 +197,80 @@ def stage_channels(name: str, backbone: torch.nn.Module) -> tuple[int, int]:
         raise ValueError(f"{name}: expected an attribute channels = (low, high), got {shown(channels)}")
     low, high = (positive_int(f"{name}.channels[{i}]", count) for i, count in enumerate(channels))
     return low, high
+
+
+LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
+
+
+def labels(name: str, value: object, logits: torch.Tensor) -> torch.Tensor:
+    """A (B, H, W) tensor of class indices, on the device of the logits (B, K, h, w)."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.is_floating_point():
+        raise TypeError(
+            f"{name}: expected class indices, int64, int32 or uint8, got {value.dtype}; class probabilities are "
+            f"refused, because they are as large as the upsampled logits that this function does without"
+        )
+    if value.dtype not in LABEL_DTYPES:
+        raise TypeError(f"{name}: expected dtype int64, int32 or uint8, got {value.dtype}")
+    if value.dim() != 3:
+        raise ValueError(f"{name}: expected class indices of shape (B, H, W), got shape {_shape(value)}")
+    if value.device != logits.device:
+        raise ValueError(f"{name}: expected the device of logits, {logits.device}, got {value.device}")
+    if jit_tracing():
+        return value
+    if value.shape[0] != logits.shape[0]:
+        raise ValueError(f"{name}: expected the batch of logits, {logits.shape[0]}, got shape {_shape(value)}")
+    if value.shape[1] == 0 or value.shape[2] == 0:
+        raise ValueError(f"{name}: expected at least one row and column, got shape {_shape(value)}")
+    return value
+
+
+def class_weights(name: str, value: object, logits: torch.Tensor) -> torch.Tensor:
+    """One weight per class, in the dtype in which the logits (B, K, h, w) are summed."""
+    weight = tensor(name, value)
+    accumulator = torch.promote_types(logits.dtype, torch.float32)
+    if weight.dtype not in (logits.dtype, accumulator):
+        raise TypeError(f"{name}: expected dtype {accumulator} or that of logits, {logits.dtype}, got {weight.dtype}")
+    if weight.dim() != 1 or (not jit_tracing() and weight.shape[0] != logits.shape[1]):
+        raise ValueError(f"{name}: expected one weight per class, ({logits.shape[1]},), got shape {_shape(weight)}")
+    if weight.device != logits.device:
+        raise ValueError(f"{name}: expected the device of logits, {logits.device}, got {weight.device}")
+    return weight.to(accumulator)
+
+
+def integer(name: str, value: object) -> int:
+    """An integer (a bool is none)."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer, got {value!r} of type {type(value).__name__}")
+    return int(value)
+
+
+def fraction(name: str, value: object) -> float:
+    """A real number from 0 to 1."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number from 0 to 1, got {value!r} of type {type(value).__name__}")
+    if not 0 <= float(value) <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
+    return float(value)
+
+
+def flag(name: str, value: object) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def pixel_size(name: str, value: object) -> tuple[int, int]:
+    """A pair (H, W) of positive integers; while a tracer lets sizes vary, of what stands for them."""
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        traced = [
+            isinstance(length, torch.SymInt) or (jit_tracing() and isinstance(length, torch.Tensor)) for length in value
+        ]
+        height, width = (
+            length if free else positive_int(f"{name}[{i}]", length)
+            for i, (length, free) in enumerate(zip(value, traced, strict=True))
+        )
+        return height, width
+    return map_size(name, value)

@@ -67,7 +67,9 @@ class ANNNet(nn.Module):
 
     Shapes:
         x (B, 3, H, W), floating point → logits (B, num_classes, H, W); in training with ``aux`` a pair
-        (logits, aux_logits) of that shape each.
+        (logits, aux_logits) of that shape each. Called with ``upsample=False``, logits of the backbone's size, for
+        :func:`annnet_kernels.upsampled_cross_entropy` and :func:`annnet_kernels.upsampled_argmax`, which spare the
+        memory of the others.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -80,6 +82,8 @@ class ANNNet(nn.Module):
         >>> net = ak.ANNNet(num_classes=19).eval()
         >>> net(torch.randn(1, 3, 64, 64)).shape
         torch.Size([1, 19, 64, 64])
+        >>> ak.upsampled_argmax(net(torch.randn(1, 3, 64, 64), upsample=False), (64, 64)).shape
+        torch.Size([1, 64, 64])
     """
 
     checkpoint_report: CheckpointReport
@@ -165,14 +169,15 @@ class ANNNet(nn.Module):
         net.checkpoint_report = load_state(net, state, strict=strict)
         return net
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, upsample: bool = True) -> Tensor | tuple[Tensor, Tensor]:
         if not symbolic(x):
             checks.feature_map("x", x)
+        size = x.shape[2:] if upsample else None
         low, high = self.backbone(x)
-        logits = self._resize(self.cls(self._context_of(low, high)), x.shape[2:])
+        logits = self._resize(self.cls(self._context_of(low, high)), size)
         if self.dsn is None or not self.training:
             return logits
-        return logits, self._resize(self.dsn(low), x.shape[2:])
+        return logits, self._resize(self.dsn(low), size)
 
     def _context_of(self, low: Tensor, high: Tensor) -> Tensor:
         """Behind AFNB, convolution and APNB; AFNB and convolution merged where they were folded."""
@@ -184,5 +189,7 @@ class ANNNet(nn.Module):
         usual = type(self).forward is ANNNet.forward and type(self.context).forward is nn.Sequential.forward
         return cast(nn.Conv2d, self.context[0]) if usual else None
 
-    def _resize(self, logits: Tensor, size: torch.Size) -> Tensor:
+    def _resize(self, logits: Tensor, size: torch.Size | None) -> Tensor:
+        if size is None:
+            return logits
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=self.align_corners)

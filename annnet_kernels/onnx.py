@@ -108,6 +108,12 @@ def _projected(projection: Projection, x: Tensor) -> Tensor:
     return projected
 
 
+def upsampled(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    """(B, K, H, W) in float32 at least."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.interpolate(wide, size, mode="bilinear", align_corners=align_corners)
+
+
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """How to write this package's operators in ONNX, for ``torch.onnx.export`` of an already exported program.
 

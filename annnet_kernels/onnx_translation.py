@@ -60,6 +60,13 @@ def batch_norm_apply(
     return op.CastLike(z, y)
 
 
+def upsampled_argmax(logits: Value, size: Sequence[Value], align_corners: bool) -> Value:
+    shape = op.Concat(op.Shape(logits, start=0, end=2), *(_length(value) for value in size), axis=0)
+    mode = "align_corners" if align_corners else "half_pixel"
+    upsampled = op.Resize(_wide(logits), None, None, shape, mode="linear", coordinate_transformation_mode=mode)
+    return op.ArgMax(upsampled, axis=1, keepdims=0)
+
+
 TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     getattr(torch.ops.annnet, function.__name__).default: function
     for function in (
@@ -68,6 +75,7 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
         asymmetric_attention,
         asymmetric_attention_bn_relu,
         batch_norm_apply,
+        upsampled_argmax,
     )
 }
 
@@ -75,6 +83,11 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
 def _wide(x: Value) -> Value:
     """In float32, or as it is in float64: what the operators compute in."""
     return x if x.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE) else op.Cast(x, to=ir.DataType.FLOAT.value)
+
+
+def _length(value: Any) -> Value:
+    """A size, which is an integer or, where it follows an input, a scalar of the graph, as a vector of one."""
+    return _integers([value]) if isinstance(value, int) else op.Reshape(value, _integers([1]))
 
 
 def _integers(values: Any) -> Value:

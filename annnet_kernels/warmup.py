@@ -10,7 +10,7 @@ import torch
 from . import checks
 from .backends import why_not
 
-_LAUNCH_MODULES = ("pyramid_pool", "bn_relu_pool", "asymmetric_attention", "batch_norm")
+_LAUNCH_MODULES = ("pyramid_pool", "bn_relu_pool", "asymmetric_attention", "batch_norm", "upsampled_cross_entropy")
 
 
 def warmup(
@@ -27,7 +27,8 @@ def warmup(
     Args:
         dtypes: float32, bfloat16, float16.
         device: a CUDA device; None means the current one.
-        operators: some of ``"pyramid_pool"``, ``"bn_relu_pool"``, ``"asymmetric_attention"``, ``"batch_norm"``.
+        operators: some of ``"pyramid_pool"``, ``"bn_relu_pool"``, ``"asymmetric_attention"``, ``"batch_norm"``,
+            ``"upsampled_cross_entropy"`` (argmax included).
 
     Returns:
         How many launches are now ready (several can share a variant).

@@ -8,7 +8,7 @@ from typing import Any
 
 from annnet_kernels.pyramid import POOL_SIZES, num_tokens
 
-from . import heads
+from . import heads, upsampled
 
 OPERATORS = ("pyramid_pool", "asymmetric_attention")
 BLOCKS = ("AFNB", "APNB")
@@ -23,7 +23,8 @@ class Case:
     """One row of the benchmark: an operator, a block or the model on maps of one size.
 
     Args:
-        subject: one of ``OPERATORS``, ``BLOCKS``, ``PAIR``, ``MODEL`` or ``heads.HEADS``.
+        subject: one of ``OPERATORS``, ``BLOCKS``, ``PAIR``, ``MODEL``, ``heads.HEADS`` or
+            ``upsampled.SUBJECTS``.
         training: forward and backward (blocks in training mode) instead of forward alone (evaluation mode).
         size: (height, width) of the feature map; of the image for the model.
         channels: of the input map (AFNB: of the high level). For the attention, of query and value.
@@ -49,7 +50,7 @@ class Case:
 
     @property
     def mode(self) -> str:
-        if self.subject in OPERATORS:
+        if self.subject in (*OPERATORS, *upsampled.SUBJECTS):
             return "forward + backward" if self.training else "forward"
         return "training step" if self.training else "evaluation"
 
@@ -62,7 +63,7 @@ class Case:
 
     @property
     def autocast(self) -> bool:
-        return self.subject not in OPERATORS and self.dtype in ("bfloat16", "float16")
+        return self.subject not in (*OPERATORS, *upsampled.SUBJECTS) and self.dtype in ("bfloat16", "float16")
 
     @property
     def map_size(self) -> tuple[int, int]:
@@ -78,6 +79,9 @@ class Case:
             return self.batch * self.channels * num_tokens(POOL_SIZES, POOL_SIZES)
         if self.subject == MODEL:
             return self.batch * CLASSES * height * width * (2 if self.training else 1)
+        if self.subject in upsampled.SUBJECTS:  # labels or indices, of 8 bytes a pixel
+            pixels = upsampled.pixel_size(self.size)
+            return self.batch * pixels[0] * pixels[1] * 8 // (4 if self.dtype == "float32" else 2)
         if self.subject in heads.NETWORKS:
             return 1 if self.training else self.batch * heads.CLASSES * height * width // 16
         return self.batch * (self.out_channels or VALUE_CHANNELS) * height * width
@@ -119,6 +123,12 @@ def head(subject: str, size: tuple[int, int], channels: int = 3, **options: Any)
     return _both_modes(Case(subject, False, size, channels, **options))
 
 
+def loss(size: tuple[int, int], classes: int, **options: Any) -> tuple[Case, Case]:
+    """Cross-entropy with its gradient, and argmax, of logits of this size."""
+    training = Case(upsampled.LOSS, True, size, classes, **options)
+    return training, Case(upsampled.ARGMAX, False, size, classes, **options)
+
+
 def _quick() -> list[Case]:
     """Small maps: both operators, both blocks and the model in under two minutes on two CPU cores."""
     tags = ("quick",)
@@ -132,6 +142,7 @@ def _quick() -> list[Case]:
         *afnb((33, 33), tags=tags),
         *model((129, 129), tags=tags),
         *head(heads.SEGFORMER_B0, (256, 256), tags=tags),
+        *loss((33, 33), 19, batch=2, tags=tags),
     ]
 
 
@@ -160,6 +171,8 @@ def _cpu() -> list[Case]:
         *afnb((49, 49), tags=tags),
         *afnb((49, 49), layout="channels_last", tags=tags),
         pair((49, 49), tags=tags),
+        *loss((65, 65), 19, batch=2, tags=tags),
+        *loss((64, 64), 150, batch=2, tags=tags),
         *model((257, 257), tags=tags),
     ]
 
@@ -193,6 +206,8 @@ def _gpu() -> list[Case]:
             cases += [*pool(size, tags=operator_tags, **options), *attention(size, tags=operator_tags, **options)]
             cases += [*apnb(size, tags=block_tags, **options), *afnb(size, tags=block_tags, **options)]
             cases += [pair(size, tags=block_tags, **options)]
+    for size, classes in (((65, 65), 19), ((97, 97), 19), ((64, 64), 150)):
+        cases += loss(size, classes, batch=8, dtype="bfloat16", tags=("gpu-rest",))
     for image in ((769, 769), (512, 1024), (1024, 2048)):
         cases += model(image, batch=2, dtype="bfloat16", layout="channels_last", tags=("gpu-models",))
     return cases

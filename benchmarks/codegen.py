@@ -36,7 +36,7 @@ from annnet_kernels.kernels.launch import Device, Launch
 
 from . import codegen_cuda
 
-MODULES = ("asymmetric_attention", "pyramid_pool", "bn_relu_pool", "batch_norm")
+MODULES = ("asymmetric_attention", "pyramid_pool", "bn_relu_pool", "batch_norm", "upsampled_cross_entropy")
 
 DEVICES = {
     80: Device((8, 0), 108),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import annnet_kernels as ak
 
-from . import heads
+from . import heads, upsampled
 from .cases import CLASSES, MODEL, PAIR, Case
 
 NOTE = "backbone ResNet-50 initialised at random (seed 0), normalising with each picture's own statistics"
@@ -94,6 +94,8 @@ class Features:
         """The float32 inputs of a case: image; low and high; the map; a pyramid; or query, key map and value map."""
         if case.subject == MODEL or case.subject in heads.NETWORKS:
             return (self.images(case.size, case.batch),)
+        if case.subject in upsampled.SUBJECTS:
+            return self._kept(self._logits, case)
         if case.subject == "asymmetric_attention":
             return self._kept(self._projections, case)
         if case.subject == heads.BOTTLENECK:
@@ -109,10 +111,11 @@ class Features:
         if size not in self._cache:
             self._cache = {kept: made for kept, made in self._cache.items() if prod(kept) <= FEW_PIXELS}
         made = self._cache.setdefault(size, {})
-        if make.__name__ not in made:
+        key = f"{make.__name__} {case.channels}" if case.subject in upsampled.SUBJECTS else make.__name__
+        if key not in made:
             with torch.no_grad():
-                made[make.__name__] = make(case)
-        return made[make.__name__]
+                made[key] = make(case)
+        return made[key]
 
     def _stages(self, case: Case) -> Maps:
         """Maps of the backbone's last two stages, exactly of the case's size."""
@@ -125,6 +128,12 @@ class Features:
         """Four maps, each of half the size of the one before: the APNB's map, averaged."""
         (finest,) = self._kept(self._refined, case)
         return tuple(torch.nn.functional.avg_pool2d(finest, 2**level) for level in range(4))
+
+    def _logits(self, case: Case) -> Maps:
+        """Channels of the backbone's last stage, scaled like logits."""
+        _, high = self._kept(self._stages, case)
+        chosen = high[:, : case.channels].clone()
+        return (chosen * (2 / chosen.std()),)
 
     def _refined(self, case: Case) -> Maps:
         """The map that the APNB takes."""

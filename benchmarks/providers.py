@@ -20,7 +20,7 @@ from annnet_kernels.pyramid import POOL_SIZES
 from annnet_kernels.reference.blocks import AttentionStage, PlainAFNB, PlainAPNB, PyramidPooling
 from annnet_kernels.reference.truth import pooling_matrix
 
-from . import heads, published
+from . import heads, published, upsampled
 from .cases import CLASSES, KEY_CHANNELS, MODEL, PAIR, VALUE_CHANNELS, Case
 
 OURS = "ours"
@@ -325,6 +325,19 @@ _HEADS = (
     Provider("ours compiled", lambda case: heads.replaced(case.subject), HEAD, compile="default", effort="full"),
     Provider("plain compiled", lambda case: heads.plain(case.subject), HEAD, compile="default", effort="full"),
 )
+
+
+def _upsampled(ours: bool) -> Callable[[Case], nn.Module]:
+    return lambda case: FunctionModule(upsampled.function(case.subject, ours, (case.batch, case.channels, *case.size)))
+
+
+_UPSAMPLED = (
+    Provider(OURS, _upsampled(True)),
+    Provider(PLAIN, _upsampled(False)),
+    Provider("striped plain", _upsampled(True), backend="reference"),
+    Provider("plain compiled", _upsampled(False), compile="default"),
+    Provider("plain max-autotune", _upsampled(False), compile=_MAX_AUTOTUNE, effort="full"),
+)
 _BY_SUBJECT = {
     "pyramid_pool": _POOL,
     "asymmetric_attention": _ATTENTION,
@@ -333,6 +346,7 @@ _BY_SUBJECT = {
     PAIR: _PAIR,
     MODEL: _MODEL,
     **dict.fromkeys(heads.HEADS, _HEADS),
+    **dict.fromkeys(upsampled.SUBJECTS, _UPSAMPLED),
 }
 EFFORTS = ("quick", "standard", "full")
 

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import features, machine
+from . import features, machine, upsampled
 from .cases import MODEL, PAIR, Case
 from .heads import HEADS
 from .runner import NO_TIME, CaseRun, Options, first_line
@@ -32,7 +32,7 @@ DEFINITIONS = {
     "check": "error relative to float64; the tensor nearest to its bound",
 }
 _WEIGHTS = {"pyramid_pool": 1.0, "asymmetric_attention": 1.5, "APNB": 2.0, "AFNB": 3.0, PAIR: 1.5, MODEL: 3.5}
-_WEIGHTS |= dict.fromkeys(HEADS, 2.0)
+_WEIGHTS |= dict.fromkeys(HEADS, 2.0) | dict.fromkeys(upsampled.SUBJECTS, 1.0)
 
 
 class Session:

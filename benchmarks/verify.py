@@ -19,6 +19,7 @@ from torch import Tensor
 from annnet_kernels.pyramid import POOL_SIZES
 from annnet_kernels.reference import truth
 
+from . import upsampled
 from .cases import BLOCKS, KEY_CHANNELS, MODEL, PAIR, Case
 from .heads import HEADS, NETWORKS
 from .problem import STATISTICS, Contestant, Problem
@@ -195,6 +196,10 @@ def _evaluate(
         rows = (x.flatten(2).transpose(1, 2) for x in inputs)
         context = truth.attention(*rows, inputs[0].shape[1] ** -0.5)
         return [context.transpose(1, 2).unflatten(2, case.size)], {}, {}
+    if case.subject in upsampled.SUBJECTS:
+        (logits,) = inputs
+        out = upsampled.function(case.subject, False, (*logits.shape[:2], *logits.shape[2:]))(logits)
+        return [out.double()], {}, {}
     if case.subject in (PAIR, MODEL, *HEADS):
         name = NAIVE if family == NON_LOCAL else PLAIN
         (plain,) = (p for p in providers(case, "full") if p.name == name)
@@ -241,6 +246,8 @@ def _judge(
             allowed = MODEL_BOUND if case.subject in (MODEL, *NETWORKS) else BOUND[case.dtype]
         else:
             allowed = factor * baseline[tensor] + FLOOR[case.dtype]
+        if case.subject == upsampled.ARGMAX:
+            allowed = upsampled.ARGMAX_BOUND
         if tensor.startswith("gradient"):
             allowed += _allowance(case)
         worst = max(worst, (error / allowed, tensor, error, allowed))

@@ -9,3 +9,4 @@
 #include "cpu/bn_relu_pool.cpp"
 #include "cpu/pyramid_plan.cpp"
 #include "cpu/pyramid_pool.cpp"
+#include "cpu/upsampled_logits.cpp"

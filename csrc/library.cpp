@@ -48,6 +48,14 @@ TORCH_LIBRARY(annnet_native, m) {
   m.def(
       "batch_norm_bwd_input(Tensor grad_out, Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, "
       "Tensor? channel_scale, bool relu, Tensor? mean_sums, Tensor(a!) dy) -> ()");
+  m.def(
+      "upsampled_cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
+      "bool align_corners, bool per_pixel, bool gradient, Tensor(a!) losses, Tensor(b!) sums, "
+      "Tensor(c!) unit_gradient) -> ()");
+  m.def(
+      "upsampled_cross_entropy_bwd(Tensor logits, Tensor target, Tensor? weight, Tensor grad, int ignore_index, "
+      "float label_smoothing, bool align_corners, Tensor(a!) dlogits) -> ()");
+  m.def("upsampled_argmax(Tensor logits, int[] size, bool align_corners, Tensor(a!) out) -> ()");
 }
 
 namespace {

@@ -11,7 +11,7 @@ from benchmark_cases import AFNB, APNB, CPU, OURS, PLAIN, POOL, RandomFeatures, 
 
 import annnet_kernels as ak
 from annnet_kernels import native
-from benchmarks import cases, counting, measure, providers
+from benchmarks import cases, counting, heads, measure, providers, upsampled
 from benchmarks.features import Features
 from benchmarks.problem import Contestant, Problem
 from benchmarks.runner import CaseRun, Options
@@ -126,13 +126,15 @@ class TestCases:
 
     def test_quick_has_every_subject_in_both_modes(self):
         quick = {(case.subject, case.training) for case in cases.select(["quick"])}
-        subjects = (*cases.OPERATORS, *cases.BLOCKS, cases.MODEL)
-        assert quick == {(subject, training) for subject in subjects for training in (False, True)}
+        subjects = (*cases.OPERATORS, *cases.BLOCKS, cases.MODEL, heads.SEGFORMER_B0)
+        in_both = {(subject, training) for subject in subjects for training in (False, True)}
+        assert quick == in_both | {(upsampled.LOSS, True), (upsampled.ARGMAX, False)}
 
     def test_what_is_folded_runs_in_evaluation_only(self):
         for case in cases.CASES:
             folded = [p.name for p in providers.providers(case, "full") if p.folded]
-            assert bool(folded) == (not case.training and case.subject not in cases.OPERATORS), case.name
+            foldable = case.subject in (*cases.BLOCKS, cases.PAIR, cases.MODEL)
+            assert bool(folded) == (not case.training and foldable), case.name
 
     def test_quick_has_every_peer_that_must_be_there(self):
         for subject in cases.BLOCKS:

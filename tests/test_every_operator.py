@@ -28,6 +28,8 @@ def calls(layout, dtype=torch.float32):
     tail = (y, *vectors, scale, True)
     attend = (query, *vectors, tokens(CK), tokens(CV))
     sums = torch.randn(2, CK, dtype=dtype)
+    labels, class_weight = torch.randint(0, CK, (B, 9, 11)), torch.rand(CK, dtype=dtype)
+    pixel_grad = torch.randn(B, 9, 11, dtype=dtype)
     return {
         "pyramid_pool": (query, *LEVELS),
         "pyramid_pool_bwd": (tokens(CK), [H, W], *LEVELS, layout == "channels_last", None),
@@ -53,6 +55,9 @@ def calls(layout, dtype=torch.float32):
         "batch_norm_apply_": (random_map((B, CK, H, W), dtype, dense(layout)), *tail[1:]),
         "batch_norm_bwd_sums": (a_map(CK), *tail, None),
         "batch_norm_bwd_input": (a_map(CK), *tail, sums, None),
+        "upsampled_cross_entropy": (query, labels, class_weight, 3, 0.1, False, True, True),
+        "upsampled_cross_entropy_bwd": (query, labels, class_weight, pixel_grad, 3, 0.1, False, None),
+        "upsampled_argmax": (query, [9, 11], True),
     }
 
 
@@ -62,7 +67,7 @@ def dense(layout):
 
 
 OPERATORS = sorted(calls("nchw"))
-DIFFERENTIABLE = ("pyramid_pool", "pyramid_pool_bwd", "asymmetric_attention")
+DIFFERENTIABLE = ("pyramid_pool", "pyramid_pool_bwd", "asymmetric_attention", "upsampled_cross_entropy")
 
 
 def operator(name):
@@ -84,13 +89,14 @@ def test_opcheck(name, layout):
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_opcheck_with_gradients(name, layout):
     arguments = calls(layout, torch.float64)[name]
-    torch.library.opcheck(
-        operator(name), tuple(a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments)
-    )
+    for index in tensors_of(arguments):
+        arguments[index].requires_grad_()
+    torch.library.opcheck(operator(name), arguments)
 
 
 def tensors_of(arguments):
-    return [i for i, argument in enumerate(arguments) if isinstance(argument, torch.Tensor)]
+    """Where the operands are that could have a derivative."""
+    return [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor) and a.is_floating_point()]
 
 
 @pytest.mark.parametrize("recording", [True, False], ids=["grad", "no_grad"])

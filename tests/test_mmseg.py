@@ -317,3 +317,61 @@ def test_our_head_needs_no_dropout(monkeypatch):
     count, got = merges(head, maps, monkeypatch)
     assert count == 1
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def fused_head(**options):
+    torch.manual_seed(11)
+    head = mmsegmentation.build_head(type=FUSED, **options).double()
+    randomise_output(head)
+    return head
+
+
+def with_void(samples):
+    for sample in samples:
+        data = sample.gt_sem_seg.data
+        data[torch.rand(data.shape) < 0.2] = 255
+    return samples
+
+
+LOSS = {"type": "CrossEntropyLoss", "loss_weight": 0.7}
+
+
+@pytest.mark.filterwarnings("ignore:Default ``avg_non_ignore``")
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{}, {"avg_non_ignore": True}, {"reduction": "sum"}, {"reduction": "none", "loss_name": "loss_pixels"}]
+)
+def test_losses_and_accuracy_without_full_resolution_are_mmsegmentations(changes, align_corners):
+    head = fused_head(loss_decode=LOSS | changes, align_corners=align_corners)
+    assert head.why_plain_loss() is None
+    assert "loss without logits of full resolution" in repr(head)
+    logits, targets = torch.randn(2, 4, 9, 7, dtype=torch.float64, requires_grad=True), with_void(labels())
+    ours, plain = head.loss_by_feat(logits, targets), mmsegmentation.ANNHead.loss_by_feat(head, logits, targets)
+    assert ak.last_backend("upsampled_cross_entropy") is not None
+    assert ours.keys() == plain.keys()
+    for name, expected in plain.items():
+        assert ours[name].shape == expected.shape
+        torch.testing.assert_close(ours[name].double(), expected.double(), msg=lambda m, name=name: f"{name}: {m}")
+    (name,) = set(ours) - {"acc_seg"}
+    gradients = [torch.autograd.grad(losses[name].sum(), logits)[0] for losses in (ours, plain)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.filterwarnings("ignore:Default ``avg_non_ignore``")
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"loss_decode": LOSS | {"use_sigmoid": True}}, "uses sigmoids or masks"),
+        ({"loss_decode": LOSS | {"class_weight": [1.0, 2.0, 3.0, 4.0]}}, "has class weights"),
+        ({"loss_decode": [LOSS, LOSS | {"loss_name": "loss_again"}]}, "loss_decode is ModuleList"),
+        ({"sampler": {"type": "OHEMPixelSampler", "thresh": 0.7, "min_kept": 10}}, "the sampler OHEMPixelSampler"),
+    ],
+)
+def test_other_losses_stay_mmsegmentations_and_say_so(changes, reason):
+    head = fused_head(**{"loss_decode": LOSS} | changes)
+    assert reason in head.why_plain_loss()
+    assert reason in repr(head)
+    logits, targets = torch.randn(2, 4, 9, 7, dtype=torch.float64), labels()
+    ours, plain = head.loss_by_feat(logits, targets), mmsegmentation.ANNHead.loss_by_feat(head, logits, targets)
+    for name, expected in plain.items():
+        assert torch.equal(ours[name], expected)

@@ -4,6 +4,7 @@ from . import batch_norm, bn_relu_attention, bn_relu_pool
 from .asymmetric_attention import AsymmetricAttention
 from .normalized import NormalizedAttention, NormalizedPool, NormalizedTail
 from .pyramid_pool import PyramidPool
+from .upsampled_cross_entropy import UpsampledCrossEntropy
 
 __all__ = [
     "AsymmetricAttention",
@@ -11,6 +12,7 @@ __all__ = [
     "NormalizedPool",
     "NormalizedTail",
     "PyramidPool",
+    "UpsampledCrossEntropy",
     "batch_norm",
     "bn_relu_attention",
     "bn_relu_pool",

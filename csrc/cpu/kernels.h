@@ -5,6 +5,7 @@
 #include "batch_norm.h"
 #include "bn_relu_pool.h"
 #include "pyramid_pool.h"
+#include "upsampled_logits.h"
 
 namespace annnet {
 
@@ -13,6 +14,7 @@ struct Kernels {
   BatchNormKernels batch_norm;
   BnReluPoolKernels bn_relu_pool;
   PyramidPoolKernels pyramid_pool;
+  UpsampledLogitsKernels upsampled_logits;
 };
 
 }  // namespace annnet

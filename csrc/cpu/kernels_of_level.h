@@ -4,6 +4,7 @@
 #include "bn_relu_pool_kernels.h"
 #include "kernels.h"
 #include "pyramid_pool_kernels.h"
+#include "upsampled_logits_kernels.h"
 #include "vector.h"
 
 namespace annnet::ANNNET_LEVEL {
@@ -14,6 +15,7 @@ const Kernels kernels = {
     .batch_norm = batch_norm::table,
     .bn_relu_pool = bn_relu_pool_kernels,
     .pyramid_pool = pyramid_pool_kernels,
+    .upsampled_logits = upsampled::table,
 };
 
 }  // namespace annnet::ANNNET_LEVEL

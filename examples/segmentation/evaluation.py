@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+import annnet_kernels as ak
+
 from .data import IGNORE, Pictures
 from .distributed import Processes, whole
-from .inference import Predictor, multi_scale, sliding_window, whole_image
+from .inference import Predictor, in_one_window, multi_scale, sliding_window, whole_image
 from .options import Options
 
 
@@ -21,8 +23,27 @@ class Scores(NamedTuple):
     classes: dict[str, float]
 
 
+Labeller = Callable[[Tensor], Tensor]
+"""Pictures (B, 3, H, W) → class indices (B, H, W)."""
+
+
+def labeller(network: nn.Module, options: Options, context: Callable[[], torch.autocast]) -> Labeller:
+    """How the options evaluate a picture; probabilities are made where several are averaged."""
+    averaged = options.flip or tuple(options.eval_scales) != (1.0,)
+    predict = predictor(network, options, context)
+
+    def label(image: Tensor) -> Tensor:
+        if averaged or not in_one_window(image, options.window):
+            return predict(image).argmax(1)
+        with context():
+            logits: Tensor = network(image, upsample=False)
+        return ak.upsampled_argmax(logits, image.shape[2:])
+
+    return label
+
+
 def predictor(network: nn.Module, options: Options, context: Callable[[], torch.autocast]) -> Predictor:
-    """How the options evaluate a picture."""
+    """The probabilities that the options average for a picture."""
 
     def logits(image: Tensor) -> Tensor:
         with context():
@@ -41,7 +62,7 @@ def predictor(network: nn.Module, options: Options, context: Callable[[], torch.
 def evaluate(
     network: nn.Module,
     pictures: Pictures,
-    predict: Predictor,
+    label: Labeller,
     processes: Processes,
     dtype: torch.dtype,
     seen: Callable[[], None] = lambda: None,
@@ -57,8 +78,8 @@ def evaluate(
     with whole(network):
         for index in range(processes.rank, len(pictures), processes.count):
             image, labels = pictures[0, index]
-            prediction = predict(image[None].to(processes.device, dtype)).argmax(1)
-            metric.update(prediction, labels[None].to(processes.device))
+            predicted = label(image[None].to(processes.device, dtype))
+            metric.update(predicted, labels[None].to(processes.device))
             seen()
     iou = metric.compute().double().cpu()
     return Scores(float(iou.nanmean()), dict(zip(classes, iou.tolist(), strict=True)))

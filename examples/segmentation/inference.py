@@ -37,6 +37,11 @@ def sliding_window(predict: Predictor, window: int) -> Predictor:
     return slide
 
 
+def in_one_window(image: Tensor, window: int) -> bool:
+    """Whether :func:`sliding_window` would see the picture at once; without windows (0) it does."""
+    return not window or max(image.shape[2:]) <= window
+
+
 def _starts(length: int, window: int) -> list[int]:
     """First pixels of windows that cover ``length``, evenly spaced."""
     if length <= window:

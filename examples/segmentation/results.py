@@ -11,7 +11,7 @@ import annnet_kernels as ak
 
 from . import checkpoint
 from .distributed import whole
-from .evaluation import Scores, predictor
+from .evaluation import Scores, labeller
 from .monitor import Monitor
 from .training import Training
 
@@ -43,8 +43,8 @@ def _draw(training: Training) -> list[Path]:
     options, device = training.options, training.processes.device
     image, labels = training.validation[0, options.picture % len(training.validation)]
     image = image.to(device, training.dtype)
-    predict = predictor(training.network.eval(), options, training.autocast)
-    predicted = predict(image[None]).argmax(1)[0]
+    label = labeller(training.network.eval(), options, training.autocast)
+    predicted = label(image[None])[0]
     classes = training.pictures.source.classes
     drawn = {
         "loss.png": pictures.loss_curves({options.blocks: training.loss_history().tolist()}),

@@ -13,7 +13,7 @@ from . import checkpoint
 from .data import Pictures, open_source
 from .distributed import Processes, shared
 from .errors import CheckpointError, DamagedError, UserError
-from .evaluation import Scores, evaluate, predictor
+from .evaluation import Scores, evaluate, labeller
 from .losses import training_loss
 from .monitor import Monitor
 from .network import DTYPES, build, training_mode
@@ -66,10 +66,12 @@ class Training:
         images = images.to(device, self.dtype, non_blocking=True)
         if self.options.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        labels = labels.to(device, non_blocking=True).long()
+        plain = self.options.blocks == "plain"
+        labels = labels.to(device, non_blocking=True)
+        labels = labels.long() if plain else labels  # the fused loss reads labels of one byte
         training_mode(self.network, self.options.freeze_backbone_norm)
         with self.autocast():
-            share, loss = training_loss(self.model(images), labels, self.options, self.processes)
+            share, loss = training_loss(self.model(images, upsample=plain), labels, self.options, self.processes)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(share).backward()
         self.scaler.step(self.optimizer)
@@ -91,8 +93,8 @@ class Training:
 
     def evaluate(self, monitor: Monitor) -> Scores:
         seen = monitor.evaluating(len(range(self.processes.rank, len(self.validation), self.processes.count)))
-        predict = predictor(self.network, self.options, self.autocast)
-        scores = evaluate(self.network, self.validation, predict, self.processes, self.dtype, seen)
+        label = labeller(self.network, self.options, self.autocast)
+        scores = evaluate(self.network, self.validation, label, self.processes, self.dtype, seen)
         monitor.evaluated(self.step, scores)
         return scores
 

@@ -9,7 +9,7 @@ from PIL import Image
 from rectangles import VOID
 from segmentation.data import Pictures, open_source
 from segmentation.distributed import Processes
-from segmentation.evaluation import evaluate
+from segmentation.evaluation import evaluate, labeller, predictor
 from segmentation.inference import multi_scale, sliding_window
 from segmentation.transforms import MEAN, STD, evaluation_transform
 
@@ -19,8 +19,7 @@ CPU = torch.device("cpu")
 def by_colour(image):
     """Pixel by pixel, whatever surrounds it: the strongest colour's class, never class 2."""
     scores = image * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-    scores[:, 2] = -1
-    return (20 * scores).softmax(1)
+    return scores[:, :2].argmax(1)
 
 
 def test_scores_equal_a_count_by_hand(tiny, data):
@@ -29,7 +28,7 @@ def test_scores_equal_a_count_by_hand(tiny, data):
     scores = evaluate(torch.nn.Identity(), pictures, by_colour, Processes(CPU), torch.float32)
     matrix = np.zeros((4, 3), dtype=int)
     for index in range(len(pictures)):
-        predicted = by_colour(pictures[0, index][0][None]).argmax(1)[0].numpy()
+        predicted = by_colour(pictures[0, index][0][None])[0].numpy()
         truth = np.asarray(Image.open(data / f"val/labels/{index}.png"))
         np.add.at(matrix, (truth, predicted), 1)
     assert matrix[VOID].sum() > 0
@@ -97,3 +96,32 @@ def test_every_scale_is_seen_and_returned_at_the_picture_s_size():
     found = multi_scale(predict, [0.5, 1.0, 1.5], flip=False)(torch.rand(1, 3, 10, 14))
     assert seen == [(5, 7), (10, 14), (15, 21)]
     torch.testing.assert_close(found, torch.full((1, 3, 10, 14), 2.0))
+
+
+class Halved(torch.nn.Module):
+    """Logits of half the size of a picture, upsampled on request; it counts how often it was asked for small ones."""
+
+    small = 0
+
+    def forward(self, x, upsample=True):
+        logits = torch.nn.functional.avg_pool2d(x, 2)
+        self.small += not upsample
+        return torch.nn.functional.interpolate(logits, x.shape[2:], mode="bilinear") if upsample else logits
+
+
+@pytest.mark.parametrize(
+    ("changes", "averages"),
+    [
+        ({}, False),
+        ({"window": 40}, False),
+        ({"window": 16}, True),
+        ({"flip": True}, True),
+        ({"eval_scales": (0.5,)}, True),
+    ],
+)
+def test_classes_are_chosen_without_probabilities_where_none_are_averaged(tiny, changes, averages):
+    network, image, options = Halved(), torch.randn(1, 3, 40, 24), tiny(**changes)
+    context = lambda: torch.autocast("cpu", enabled=False)  # noqa: E731
+    found = labeller(network, options, context)(image)
+    assert network.small == (not averages)
+    assert torch.equal(found, predictor(network, options, context)(image).argmax(1))
