@@ -21,6 +21,8 @@ EXACT = 1e-11
 SIZES = {4: [((13, 11), (7, 6), (4, 3), (2, 2)), ((8, 8), (4, 4), (2, 2), (1, 2)), ((5, 3), (5, 3), (2, 1), (1, 2))]}
 """Of the levels: odd, even, and some that are equal or smaller than every pool but one."""
 SIZES[1] = [((7, 5),), ((2, 3),), ((12, 12),)]
+TRACED = ("SegFormer, transformers", "PSPNet, mmseg")
+"""One head with projections and one with a pyramid and taps: tracing takes seconds."""
 ONE_PER_FAMILY = (
     "SegFormer, pasted",
     "SegFormer, smp",
@@ -353,9 +355,7 @@ def test_channels_last_comes_out_as_from_the_original(head):
     assert got.stride() == expected.stride()
 
 
-@pytest.mark.parametrize(
-    "head", parameters("SegFormer, pasted", "UPerNet, mmseg", "PSPNet, smp", "SegFormer, transformers")
-)
+@pytest.mark.parametrize("head", parameters(*TRACED))
 def test_compiles_as_one_graph(head):
     ours = quickly_replaced(head.make())
     maps = head.maps()
@@ -364,9 +364,7 @@ def test_compiles_as_one_graph(head):
     assert_equal({k.removeprefix("_orig_mod."): v for k, v in results(compiled, maps).items()}, expected)
 
 
-@pytest.mark.parametrize(
-    "head", parameters("SegFormer, pasted", "UPerNet, mmseg", "PSPNet, smp", "SegFormer, transformers")
-)
+@pytest.mark.parametrize("head", parameters(*TRACED))
 def test_exports(head):
     ours = quickly_replaced(head.make().eval())
     maps = [x.detach() for x in head.maps()]
@@ -374,9 +372,7 @@ def test_exports(head):
     torch.testing.assert_close(program.module()(maps), ours(maps))
 
 
-@pytest.mark.parametrize(
-    "head", parameters("SegFormer, pasted", "UPerNet, mmseg", "PSPNet, smp", "SegFormer, transformers")
-)
+@pytest.mark.parametrize("head", parameters(*TRACED))
 def test_exports_to_onnx(head, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
