@@ -246,6 +246,24 @@ def test_an_exchanged_module_is_called(head, monkeypatch):
     assert runs_plain(ours, head.maps(), monkeypatch)
 
 
+def test_tools_that_want_to_see_every_module_do():
+    head = ALL["SegFormer, pasted"]
+    plain = head.make().eval()
+    ours, maps = quickly_replaced(plain), [x.detach() for x in head.maps()]
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    try:
+        ours(list(maps))
+    finally:
+        handle.remove()
+    assert seen.count(decode_heads.Projection) == 4
+    traced = torch.jit.trace(ours, (maps,), check_trace=False)
+    torch.testing.assert_close(traced(maps), plain(list(maps)))
+    assert "upsample_bilinear2d" in str(traced.inlined_graph)
+    stacked = [torch.stack([x, 2 * x]) for x in maps]
+    torch.testing.assert_close(torch.vmap(lambda *x: ours(list(x)))(*stacked)[0], plain(list(maps)))
+
+
 def test_other_arguments_reach_the_original_forward():
     head = ALL["SegFormer, pasted"]
     plain = head.make().eval()
