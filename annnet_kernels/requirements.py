@@ -28,7 +28,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 _GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in HOOKS)
 
-_WEIGHTS = ("Parameter", "Tensor", "FakeTensor", "FunctionalTensor")
+WEIGHT_CLASSES = ("Parameter", "Tensor", "FakeTensor", "FunctionalTensor")
 """By name, since importing the classes of tracers takes longer than this package. Other tensors compute otherwise."""
 
 
@@ -75,7 +75,7 @@ def other_weights(parts: Parts) -> str | None:
     for module in _convolutions(parts):
         for name, value in module._parameters.items():
             kind = type(value).__name__
-            if value is not None and kind not in _WEIGHTS and kind != "DTensor":
+            if value is not None and kind not in WEIGHT_CLASSES and kind != "DTensor":
                 return f"{_name_of(module)} holds a {name} of class {kind}"
     return None
 

@@ -21,6 +21,8 @@ EXACT = 1e-11
 SIZES = {4: [((13, 11), (7, 6), (4, 3), (2, 2)), ((8, 8), (4, 4), (2, 2), (1, 2)), ((5, 3), (5, 3), (2, 1), (1, 2))]}
 """Of the levels: odd, even, and some that are equal or smaller than every pool but one."""
 SIZES[1] = [((7, 5),), ((2, 3),), ((12, 12),)]
+TRACED = ("SegFormer, transformers", "PSPNet, mmseg")
+"""One head with projections and one with a pyramid and taps: tracing takes seconds."""
 ONE_PER_FAMILY = (
     "SegFormer, pasted",
     "SegFormer, smp",
@@ -244,6 +246,24 @@ def test_an_exchanged_module_is_called(head, monkeypatch):
     assert runs_plain(ours, head.maps(), monkeypatch)
 
 
+def test_tools_that_want_to_see_every_module_do():
+    head = ALL["SegFormer, pasted"]
+    plain = head.make().eval()
+    ours, maps = quickly_replaced(plain), [x.detach() for x in head.maps()]
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    try:
+        ours(list(maps))
+    finally:
+        handle.remove()
+    assert seen.count(decode_heads.Projection) == 4
+    traced = torch.jit.trace(ours, (maps,), check_trace=False)
+    torch.testing.assert_close(traced(maps), plain(list(maps)))
+    assert "upsample_bilinear2d" in str(traced.inlined_graph)
+    stacked = [torch.stack([x, 2 * x]) for x in maps]
+    torch.testing.assert_close(torch.vmap(lambda *x: ours(list(x)))(*stacked)[0], plain(list(maps)))
+
+
 def test_other_arguments_reach_the_original_forward():
     head = ALL["SegFormer, pasted"]
     plain = head.make().eval()
@@ -353,9 +373,7 @@ def test_channels_last_comes_out_as_from_the_original(head):
     assert got.stride() == expected.stride()
 
 
-@pytest.mark.parametrize(
-    "head", parameters("SegFormer, pasted", "UPerNet, mmseg", "PSPNet, smp", "SegFormer, transformers")
-)
+@pytest.mark.parametrize("head", parameters(*TRACED))
 def test_compiles_as_one_graph(head):
     ours = quickly_replaced(head.make())
     maps = head.maps()
@@ -364,9 +382,7 @@ def test_compiles_as_one_graph(head):
     assert_equal({k.removeprefix("_orig_mod."): v for k, v in results(compiled, maps).items()}, expected)
 
 
-@pytest.mark.parametrize(
-    "head", parameters("SegFormer, pasted", "UPerNet, mmseg", "PSPNet, smp", "SegFormer, transformers")
-)
+@pytest.mark.parametrize("head", parameters(*TRACED))
 def test_exports(head):
     ours = quickly_replaced(head.make().eval())
     maps = [x.detach() for x in head.maps()]
@@ -374,9 +390,7 @@ def test_exports(head):
     torch.testing.assert_close(program.module()(maps), ours(maps))
 
 
-@pytest.mark.parametrize(
-    "head", parameters("SegFormer, pasted", "UPerNet, mmseg", "PSPNet, smp", "SegFormer, transformers")
-)
+@pytest.mark.parametrize("head", parameters(*TRACED))
 def test_exports_to_onnx(head, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -12,7 +12,8 @@ from torch.nn.utils import parametrize
 from ..autocast import autocast_dtype
 from ..collapse import epilogue
 from ..functional import pyramid_pool
-from ..requirements import HOOKS
+from ..requirements import HOOKS, WEIGHT_CLASSES, traced_by_jit, vectorised, watching_hooks
+from ..tracers import exporting, exporting_to_onnx
 from .algebra import Size, convolve_resized
 
 SizeAt = Callable[[int], Size]
@@ -167,14 +168,25 @@ def why_plain(parts: Parts, types: tuple[type, ...] | None = None) -> str | None
             if getattr(module, hooks):
                 return f"{name} carries {hooks.strip('_').replace('_', ' ')}"
         for parameter, value in module._parameters.items():
-            if type(value).__name__ == "DTensor":
-                return f"{name} holds a sharded {parameter} (DTensor)"
+            if value is not None and type(value).__name__ not in WEIGHT_CLASSES:
+                return f"{name} holds a {parameter} of class {type(value).__name__}"
         if isinstance(module, nn.Conv2d) and not _keeps_size(module):
             return f"{name} is no convolution over zeros that keeps the size: {module.extra_repr()}"
         if isinstance(module, nn.AdaptiveAvgPool2d) and None in pool_size(module):
             return f"{name} keeps a dimension of the map: output_size={module.output_size}"
     if parts.projections and parts.join.conv.kernel_size != (1, 1):
         return f"the linear layers are followed by a convolution of {parts.join.conv.kernel_size} pixels"
+    return None
+
+
+def why_plain_now(parts: Parts) -> str | None:
+    """Why this call of a head must run its own forward: a tool wants to see every module, or cannot see operators."""
+    for rule in (watching_hooks, traced_by_jit, vectorised):
+        reason = rule(cast(Any, parts))
+        if reason is not None:
+            return reason
+    if exporting() and not exporting_to_onnx() and parts.join.conv.training:
+        return "torch.export in training mode"
     return None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..comparison import copy_without_hooks, difference
 from . import pspnet, segformer, upernet
 from .algebra import Size
-from .parts import Dialect, is_callable_with, types_of, why_plain
+from .parts import Dialect, is_callable_with, types_of, why_plain, why_plain_now
 
 DIALECTS: tuple[Dialect, ...] = (*segformer.DIALECTS, *upernet.DIALECTS, *pspnet.DIALECTS)
 """UPerNet's come ahead of PSPNet's, whose modules are among theirs."""
@@ -93,7 +93,7 @@ class ReplacedHead(nn.Module):
         cls = type(self)
         parts = cls.dialect.parts(self)
         features = self._features(args, kwargs)
-        if not is_callable_with(features, parts) or why_plain(parts, cls.types) is not None:
+        if not is_callable_with(features, parts) or why_plain(parts, cls.types) or why_plain_now(parts):
             return cls.original.forward(self, *args, **kwargs)
         return cls.dialect.forward(self, parts, features)
 
