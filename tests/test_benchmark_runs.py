@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import annnet_kernels as ak
-from benchmarks import accuracy, providers, verify
+from benchmarks import accuracy, cases, providers, verify
 from benchmarks.cases import KEY_CHANNELS
 from benchmarks.runner import FAILED, NO_TIME, OK, OUT_OF_MEMORY, WRONG, Options, Pace
 
@@ -31,6 +31,14 @@ class TestCorrectnessComesFirst:
         rows = run_case(case, chosen)
         assert {row["status"] for row in rows.values()} == {OK}, {n: r.get("reason") for n, r in rows.items()}
         assert all(len(row["times_s"]) >= 3 for row in rows.values())
+
+    @pytest.mark.parametrize("case", cases.loss((9, 8), 7, batch=2), ids=lambda case: case.subject)
+    def test_loss_and_argmax_pass_and_wrong_ones_do_not(self, case):
+        chosen = [p for p in providers.providers(case, "full") if p.compile is None]
+        assert {p.name for p in chosen} == {OURS, PLAIN, "striped plain"}
+        rows = run_case(case, [*chosen, spoilt(case, lambda out, _: out * 1.5 + 1)])
+        assert {row["name"] for row in rows.values() if row["status"] == OK} == {p.name for p in chosen}
+        assert rows["spoilt"]["status"] == WRONG
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
     def test_sixteen_bits_run_under_autocast(self, dtype):

@@ -34,6 +34,8 @@ TESTS = {
         "offsets_beyond_32_bits",
     ],
     "batch_norm": ["accuracy_of_layouts"],
+    "upsampled_cross_entropy": ["accuracy_of_sizes", "accuracy_of_confident_logits"],
+    "upsampled_argmax": ["the_largest_is_chosen_at_every_size"],
 }
 """Shapes, layouts and edges of every operator: what depends on how wide a vector is."""
 

@@ -70,7 +70,7 @@ struct UpsampledLogitsKernels {
   // `border` (width, padded classes): the gradient's part in row `last`, which belongs to the next unit.
   using CrossEntropy = void (*)(const UpsampledArgs&, UpsampledUnit, void* scratch, void* border, UpsampledSums*);
   using Argmax = void (*)(const UpsampledArgs&, UpsampledUnit, void* scratch);
-  // Adds the parts of all borders between units, `stride` bytes apart, in one image.
+  // Adds a unit's border to row `last` of the gradient.
   using AddBorder = void (*)(const UpsampledArgs&, UpsampledUnit, const void* border);
 
   CrossEntropy cross_entropy[kDtypes];
