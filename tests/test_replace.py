@@ -434,7 +434,9 @@ def stranger_called(block):
 def test_a_longer_projection_is_left_alone():
     block = published.APNBBlock(10, 7, 8, 5)
     block.Conv_Key.append(nn.Tanh())
-    expected = "Conv_Key holds Conv2d, BatchNorm2d, ReLU, Tanh; expected a convolution, then at most a norm and an activ"
+    expected = (
+        "Conv_Key holds Conv2d, BatchNorm2d, ReLU, Tanh; expected a convolution, then at most a norm and an activ"
+    )
     assert expected in str(ak.replace_blocks(block))
 
 
