@@ -403,7 +403,7 @@ def known_pasted_code(monkeypatch):
     assert None not in known
     monkeypatch.setitem(recognition.PUBLISHED_CODE, "simple", known)
 
-    def never(*_):
+    def never(*_, **__):
         raise AssertionError("known code was compared")
 
     monkeypatch.setattr(replace, "difference", never)
