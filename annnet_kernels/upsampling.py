@@ -1,4 +1,4 @@
-"""Geometry of bilinear upsampling in integers, as ``F.interpolate`` defines it; csrc/cpu/upsampled_logits.cpp mirrors it.
+"""Geometry of bilinear upsampling in integers, as ``F.interpolate`` defines it (mirror: csrc/cpu/upsampled_logits.cpp).
 
 A pixel at position p of ``length_out`` lies at (p·a + b) / d of ``length_in``. The division is exact, so that the
 weights of a pixel are rounded once; PyTorch computes the position in float32, whose error grows with the map.
