@@ -31,12 +31,13 @@ from .backends import requested_backend, use_backend
 from .functional import asymmetric_attention, pyramid_pool
 from .normalization import (
     FUSABLE_NORMS,
-    Normalization,
+    FeatureMap,
     Product,
     apply_tail,
-    attend_rectified,
-    normalization,
-    pool_rectified,
+    attend,
+    channel_scale,
+    norm_of,
+    pool_map,
     uses_batch_statistics,
 )
 from .tracers import jit_tracing
@@ -105,9 +106,9 @@ def _attention(parts: Parts, low: Tensor, high: Tensor, value: Tensor, product: 
         query = _rectified(parts.query, high, calls)
         tokens = pyramid_pool(query, parts.pool_sizes()) if shared else _pooled_key(parts, low)
         return lambda: asymmetric_attention(query, tokens, value.to(query.dtype)) + _sum_of(product, query)
-    y, norm = _raw(parts.query, high, calls)
+    query_map = _raw(parts.query, high, calls)
     key = None if shared else _pooled_key(parts, low)
-    return partial(attend_rectified, y, norm, key, value, product, parts.pool_sizes())
+    return partial(attend, query_map, key, value, product, parts.pool_sizes())
 
 
 def _sum_of(product: Product, query: Tensor) -> Tensor:
@@ -140,8 +141,7 @@ def _pooled_key(parts: Parts, low: Tensor) -> Tensor:
     """Keys of an AFNB, (B, C_k, T)."""
     if not _is_fusable(parts.key):
         return pyramid_pool(_rectified(parts.key, low, calls=1), parts.pool_sizes())
-    y, norm = _raw(parts.key, low, calls=1)
-    return pool_rectified(y, norm, parts.pool_sizes())
+    return pool_map(_raw(parts.key, low, calls=1), parts.pool_sizes())
 
 
 def epilogue(tail: Sequence[nn.Module], out: Tensor) -> Tensor:
@@ -153,7 +153,8 @@ def epilogue(tail: Sequence[nn.Module], out: Tensor) -> Tensor:
         if relu:
             modules.pop(0)
         dropout = cast(nn.Dropout2d, modules.pop(0)) if modules and type(modules[0]) is nn.Dropout2d else None
-        out = apply_tail(out, normalization(norm, out), relu, dropout)
+        scale = channel_scale(dropout, out, out.shape[1])
+        out = apply_tail(FeatureMap(out, norm_of(norm, out)), relu, scale)
     for module in modules:
         out = module(out)
     return out
@@ -164,14 +165,14 @@ def _is_fusable(projection: Projection) -> bool:
     return type(projection.norm) in FUSABLE_NORMS and type(projection.activation) is nn.ReLU
 
 
-def _raw(projection: Projection, x: Tensor, calls: int) -> tuple[Tensor, Normalization]:
-    """The projection ahead of its batch norm, and what that norm does to it."""
+def _raw(projection: Projection, x: Tensor, calls: int) -> FeatureMap:
+    """The projection ahead of its batch norm, with what that norm does to it."""
     conv, norm = projection.conv, projection.norm
     if uses_batch_statistics(norm):  # they cancel the convolution's bias
         y = F.conv2d(x, conv.weight, None)
-        return y, normalization(norm, y, shift=conv.bias, calls=calls)
+        return FeatureMap(y, norm_of(norm, y, conv_bias=conv.bias, calls=calls))
     y = F.conv2d(x, conv.weight, conv.bias)
-    return y, normalization(norm, y)
+    return FeatureMap(y, norm_of(norm, y))
 
 
 def _rectified(projection: Projection, x: Tensor, calls: int) -> Tensor:

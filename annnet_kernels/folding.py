@@ -30,10 +30,11 @@ from .collapse import Parts, chain_product, collapsed_forward, constant_of, matr
 from .functional import pyramid_pool
 from .normalization import (
     FUSABLE_NORMS,
+    FeatureMap,
     Product,
-    attend_rectified,
-    normalization,
-    pool_rectified,
+    attend,
+    norm_of,
+    pool_map,
     uses_batch_statistics,
 )
 from .requirements import HOOKS, LASTING, ONCE_GATHERED, TO_COLLAPSE, parts_to_collapse, why_not, why_plain
@@ -334,5 +335,5 @@ def _attend(parts: Parts, low: Tensor, high: Tensor, value: Tensor, product: Pro
     key = None
     if not parts.is_shared():
         raw = F.conv2d(low, parts.key.conv.weight, parts.key.conv.bias)
-        key = pool_rectified(raw, normalization(parts.key.norm, raw), parts.pool_sizes())
-    return attend_rectified(y, normalization(parts.query.norm, y), key, value, product, parts.pool_sizes())
+        key = pool_map(FeatureMap(raw, norm_of(parts.key.norm, raw)), parts.pool_sizes())
+    return attend(FeatureMap(y, norm_of(parts.query.norm, y)), key, value, product, parts.pool_sizes())
