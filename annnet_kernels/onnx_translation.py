@@ -17,43 +17,41 @@ Value = Any
 op: Any = opset18
 
 
-def pyramid_pool(x: Value, heights: Sequence[int], widths: Sequence[int]) -> Value:
-    return op.CastLike(_pool(_wide(x), heights, widths), x)
+def pyramid_pool(x: Value, norm: Value | None, heights: Sequence[int], widths: Sequence[int]) -> Value:
+    return op.CastLike(_pool(_finished(x, norm), heights, widths), x)
 
 
-def pyramid_pool_bn_relu(
-    y: Value, mean: Value, invstd: Value, weight: Value, bias: Value, heights: Sequence[int], widths: Sequence[int]
-) -> Value:
-    z = op.Relu(_normalised(y, mean, invstd, weight, bias))
-    return op.CastLike(_pool(z, heights, widths), y)
-
-
-def asymmetric_attention(query: Value, key: Value, value: Value, scale: float) -> tuple[Value, Value]:
-    out, logsumexp = _attend(_wide(query), _wide(key), _wide(value), scale)
-    return op.CastLike(out, query), logsumexp
-
-
-def asymmetric_attention_bn_relu(
-    y: Value,
-    mean: Value,
-    invstd: Value,
-    weight: Value,
-    bias: Value,
+def asymmetric_attention(
+    query: Value,
+    norm: Value | None,
     key: Value,
     value: Value,
-    addend: Value | None,
+    skip: Value | None,
+    constant: Value | None,
     scale: float,
-) -> tuple[Value, Value]:
-    z = op.Relu(_normalised(y, mean, invstd, weight, bias))
-    out, logsumexp = _attend(z, _wide(key), _wide(value), scale)
-    out = out if addend is None else op.Add(out, _wide(addend))
-    return op.CastLike(out, y), logsumexp
+    statistics: bool,
+) -> tuple[Value, Value, Value]:
+    out, logsumexp = _attend(_finished(query, norm), _wide(key), _wide(value), scale)
+    out = out if skip is None else op.Add(out, _wide(skip))
+    out = out if constant is None else op.Add(out, op.Unsqueeze(constant, _integers([1, 2])))
+    assert not statistics, "blocks in training mode are not exported"
+    nothing = op.Constant(value=ir.tensor([], dtype=ir.DataType.DOUBLE))
+    return op.CastLike(out, query), logsumexp, nothing
 
 
-def batch_norm_apply(
-    y: Value, mean: Value, invstd: Value, weight: Value, bias: Value, channel_scale: Value | None, relu: bool
-) -> Value:
-    z = _normalised(y, mean, invstd, weight, bias)
+def batch_norm_table(y: Value, mean: Value, var: Value, weight: Value | None, bias: Value | None, eps: float) -> Value:
+    like = _wide(y)
+    mean, var = op.CastLike(mean, like), op.CastLike(var, like)
+    epsilon = op.CastLike(op.Constant(value=ir.tensor(eps, dtype=ir.DataType.DOUBLE)), like)
+    one = op.CastLike(_integers(1), like)
+    weight = op.Expand(one, op.Shape(mean)) if weight is None else op.CastLike(weight, like)
+    bias = op.Sub(mean, mean) if bias is None else op.CastLike(bias, like)
+    invstd = op.Reciprocal(op.Sqrt(op.Add(var, epsilon)))
+    return op.Concat(*(op.Unsqueeze(row, _integers([0])) for row in (mean, invstd, weight, bias)), axis=0)
+
+
+def batch_norm_apply(y: Value, norm: Value, channel_scale: Value | None, relu: bool) -> Value:
+    z = _normalised(y, norm)
     z = op.Relu(z) if relu else z
     if channel_scale is not None:
         z = op.Mul(z, op.Unsqueeze(channel_scale, _integers([2, 3])))
@@ -71,9 +69,8 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     getattr(torch.ops.annnet, function.__name__).default: function
     for function in (
         pyramid_pool,
-        pyramid_pool_bn_relu,
         asymmetric_attention,
-        asymmetric_attention_bn_relu,
+        batch_norm_table,
         batch_norm_apply,
         upsampled_argmax,
     )
@@ -94,8 +91,14 @@ def _integers(values: Any) -> Value:
     return op.Constant(value=ir.tensor(values, dtype=ir.DataType.INT64))
 
 
-def _normalised(y: Value, mean: Value, invstd: Value, weight: Value, bias: Value) -> Value:
+def _finished(x: Value, norm: Value | None) -> Value:
+    """What readers of a map see of it."""
+    return _wide(x) if norm is None else op.Relu(_normalised(x, norm))
+
+
+def _normalised(y: Value, norm: Value) -> Value:
     """As the node that runtimes merge with the convolution ahead of it."""
+    mean, invstd, weight, bias = (op.Gather(norm, _integers(row), axis=0) for row in range(4))
     variance = op.Reciprocal(op.Mul(invstd, invstd))
     return op.BatchNormalization(_wide(y), weight, bias, mean, variance, epsilon=0.0)
 

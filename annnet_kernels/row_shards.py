@@ -16,35 +16,30 @@ Sums over processes are float32 at least, and all that is known at one time goes
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .backends import requested_backend
-from .collapse import Parts, Projection, constant_of, made_again, token_values, weights_of
+from .collapse import Parts, Projection
+from .forward import Read, convolve
 from .layouts import is_channels_last
 from .normalization import (
-    Normalization,
-    Product,
-    Statistics,
-    apply_scaled_tail,
-    by_batch_statistics,
-    by_running_statistics,
+    FeatureMap,
+    Skip,
+    batch_norm,
     channel_scale,
-    local_statistics,
-    moments_of,
+    frozen_norm,
     refuse_one_value,
     shared_by,
-    statistics_of,
+    sums_of,
     uses_batch_statistics,
 )
 from .ops.functions import apply
-from .ops.normalized import Gradients, NormalizedAttention, present, product_backward
+from .ops.normalized import Gradients, Levels, NormalizedAttention, ParameterDtypes, Share, present, product_backward
 from .pyramid import bin_edges, num_tokens
 
 
@@ -110,40 +105,38 @@ def add_up(tensors: Sequence[Tensor], groups: Sequence[Any]) -> list[Tensor]:
 
 
 class Reading(NamedTuple):
-    """A batch norm and the raw map it is about to read: the arguments of ``normalization``."""
+    """A batch norm and the raw map it is about to read: the arguments of ``norm_of``."""
 
     norm: Any
     y: Tensor
-    shift: Tensor | None = None
+    conv_bias: Tensor | None = None
     calls: int = 1
 
 
-def normalizations(readings: Sequence[Reading], group: Any) -> list[Normalization]:
-    """As ``normalization``, for maps of which every process of ``group`` holds a band; what they add up is one message.
+def with_norms(readings: Sequence[Reading], group: Any) -> list[FeatureMap]:
+    """As ``norm_of``, for maps of which every process of ``group`` holds a band; what they add up is one message.
 
     A SyncBatchNorm in training asks its own processes, which those of ``group`` are among.
     """
-    local: list[Statistics | None] = []
     groups: list[Any] = []
+    local: list[Tensor] = []
     for norm, y, _, _ in readings:
         batch = uses_batch_statistics(norm)
         own = shared_by(norm) if batch else None
         groups.append(own if own is not None or not batch or y.shape[0] == 0 else group)
         if batch:
             refuse_one_value(y, groups[-1])
-        local.append(local_statistics(y) if batch else None)
+        local.append(torch.empty(0) if groups[-1] is None else sums_of(y))
     with torch.no_grad():
-        moments = [torch.empty(0) if s is None else moments_of(s) for s in local]
-        totals = add_up(moments, groups)
-    found = []
-    for (norm, y, shift, calls), statistics, total, shared in zip(readings, local, totals, groups, strict=True):
-        if statistics is None:
-            found.append(by_running_statistics(norm, y))
-            continue
-        if shared is not None:
-            statistics = statistics_of(total, statistics.mean.dtype)
-        found.append(by_batch_statistics(norm, y, statistics, shift, calls, shared))
-    return found
+        totals = add_up(local, groups)
+    maps = []
+    for (norm, y, conv_bias, calls), total, shared in zip(readings, totals, groups, strict=True):
+        if uses_batch_statistics(norm):
+            sums = None if shared is None else total
+            maps.append(FeatureMap(y, batch_norm(norm, y, sums, conv_bias, calls, shared)))
+        else:
+            maps.append(FeatureMap(y, frozen_norm(norm, y)))
+    return maps
 
 
 class ShardedTokens(torch.autograd.Function):
@@ -151,8 +144,8 @@ class ShardedTokens(torch.autograd.Function):
 
     low (B, C_l, rows, W), key map (B, C_k, rows, W), query map (B, C_k, rows', W') or None, if the key map serves for
     both → (B, C_l, T) float32 at least, (B, C_k, T), the query map as it came, and ``scale`` (B, C_o) of the group's
-    first process. ``vectors`` are those of the norms of both maps, of one where there is one; ``shared`` their samples
-    and groups.
+    first process. ``norms`` are the operands of the norms of both maps, of one where there is one; ``shares`` say with
+    whom each map shares its statistics.
 
     What comes back for the query map is the gradient of the rectified one. So each raw map gets its own gradient in
     one pass over it, whoever reads it, and all that the processes have to add up for it takes two messages.
@@ -165,16 +158,17 @@ class ShardedTokens(torch.autograd.Function):
         key_y: Tensor,
         query_y: Tensor | None,
         scale: Tensor | None,
-        shared: Sequence[tuple[Any, Any]],
+        shares: Sequence[Share],
         band: Band,
         group: Any,
         backend: str | None,
-        *vectors: Tensor | None,
+        *norms: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        ctx.constants = shared, band, group, backend
-        ctx.save_for_backward(low, key_y, query_y, *vectors)
+        ctx.constants = shares, band, group, backend
+        ctx.dtypes = [ParameterDtypes.of(*norms[i + 1 : i + 4]) for i in range(0, len(norms), 4)]
+        ctx.save_for_backward(low, key_y, query_y, *norms[::4])
         ops, sizes = torch.ops.annnet, band.row_sizes
-        lines = ops.pyramid_pool(low, *sizes), ops.pyramid_pool_bn_relu(key_y, *vectors[:4], *sizes)
+        lines = ops.pyramid_pool(low, None, *sizes), ops.pyramid_pool(key_y, norms[0], *sizes)
         wide = torch.promote_types(torch.promote_types(low.dtype, key_y.dtype), torch.float32)
         tokens = band.add_rows(torch.cat([x.transpose(1, 2).to(wide) for x in lines], dim=2))
         message, groups = [tokens], [group]
@@ -190,8 +184,8 @@ class ShardedTokens(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_low: Tensor, grad_keys: Tensor, grad_query: Tensor, *_: Any) -> Gradients:
-        shared, band, group, backend = ctx.constants
-        low, key_y, query_y, *vectors = ctx.saved_tensors
+        shares, band, group, backend = ctx.constants
+        low, key_y, query_y, *tables = ctx.saved_tensors
         ops, sizes = torch.ops.annnet, band.row_sizes
         tokens = torch.cat([x.transpose(1, 2).to(grad_low.dtype) for x in (grad_low, grad_keys)], dim=2)
         lines = band.spread(*add_up([tokens], [group]))
@@ -199,19 +193,18 @@ class ShardedTokens(torch.autograd.Function):
         dlow = None
         if ctx.needs_input_grad[0]:
             dlow = ops.pyramid_pool_bwd(low_lines.to(low.dtype), low.shape[2:], *sizes, is_channels_last(low), backend)
-        readers = [(key_y, *vectors[:4], key_lines.to(key_y.dtype), grad_query if query_y is None else None)]
+        readers = [(key_y, tables[0], key_lines.to(key_y.dtype), grad_query if query_y is None else None)]
         if query_y is not None:
-            readers.append((query_y, *vectors[5:9], None, grad_query))
+            readers.append((query_y, tables[1], None, grad_query))
         sums = [ops.bn_relu_bwd_sums(*reader, *sizes, backend) for reader in readers]
-        totals = add_up(sums, [processes for _, processes in shared])
-        dys, dvectors = [], []
-        for i, (reader, (samples, _)) in enumerate(zip(readers, shared, strict=True)):
-            means = None if samples is None else totals[i] / samples
+        totals = add_up(sums, [share.group for share in shares])
+        dys, dnorms = [], []
+        for i, (reader, share) in enumerate(zip(readers, shares, strict=True)):
+            means = Share(share.samples, None).mean(totals[i])
             dys.append(ops.bn_relu_bwd_input(*reader, means, *sizes, backend))
-            shift = vectors[5 * i + 4]
-            dvectors += [None, None, sums[i][1], sums[i][0], None if shift is None else torch.zeros_like(shift)]
+            dnorms += [None, *ctx.dtypes[i].gradients(sums[i])]
         dquery = dys[1] if query_y is not None else None
-        return dlow, dys[0], dquery, *(None,) * 5, *dvectors  # scale, shared, band, group, backend
+        return dlow, dys[0], dquery, *(None,) * 5, *dnorms  # scale, shares, band, group, backend
 
 
 class RectifiedAttention(NormalizedAttention):
@@ -220,75 +213,71 @@ class RectifiedAttention(NormalizedAttention):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Gradients:
-        y, mean, invstd, weight, bias, key, value, logsumexp, x, x_weight = ctx.saved_tensors
+        y, table, key, value, logsumexp, x, x_weight = ctx.saved_tensors
         grad = present(grad, y, value)
-        needs = [ctx.needs_input_grad[i] for i in (0, 6, 7)]
-        gradients = torch.ops.annnet.asymmetric_attention_bn_relu_bwd(
-            grad, y, mean, invstd, weight, bias, key, value, logsumexp, ctx.scale, needs, ctx.constants[-1]
+        needs = [ctx.needs_input_grad[i] for i in (0, 5, 6)]
+        gradients = torch.ops.annnet.asymmetric_attention_bwd(
+            grad, y, table, key, value, logsumexp, y.shape[1] ** -0.5, needs, ctx.constants[-1]
         )
         dz, dkey, dvalue = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-        of_product = product_backward(grad, x, x_weight, ctx.needs_input_grad[8:11])
-        # mean, invstd, weight, bias, shift; samples, group, scale, heights, widths, backend
-        return dz, *(None,) * 5, dkey, dvalue, *of_product, *(None,) * 6
+        of_product = product_backward(grad, x, x_weight, ctx.needs_input_grad[7:10])
+        # table, weight, bias, conv_bias; share, levels, backend
+        return dz, *(None,) * 4, dkey, dvalue, *of_product, *(None,) * 3
 
 
-def sharded_forward(parts: Parts, low: Tensor, high: Tensor, band: Band, group: Any, recompute: bool) -> Tensor:
-    """The rows of the block's output that belong to this process, (B, C_out, rows', W')."""
-    shared = parts.is_shared()
-    readings = [_read(parts.key, low, calls=2 if shared else 1)]
-    if not shared:
-        readings.append(_read(parts.query, high, calls=1))
-    norms = normalizations(readings, group)
-    dropout = next((m for m in parts.tail if type(m) is nn.Dropout2d), None)
-    tokens, keys, query, scale = ShardedTokens.apply(
-        low,
-        readings[0].y,
-        None if shared else readings[1].y,
-        channel_scale(dropout, readings[-1].y, parts.out.out_channels),
-        [(norm.samples, norm.group) for norm in norms],
-        band,
-        group,
-        requested_backend(),
-        *(vector for norm in norms for vector in norm.vectors()),
-    )
-    weights = weights_of(parts)
-    value = token_values(weights, tokens)
-    product = Product(None if weights.high is None else high, weights.high, constant_of(parts, weights))
-    attend = partial(_attend, query, norms[-1], keys, value, product)
-    out = attend()
-    if not parts.tail:
+class Rows(NamedTuple):
+    """A process holds a band of rows of every map: a ``Cut`` for :func:`annnet_kernels.forward.block_forward`."""
+
+    band: Band
+    group: Any
+
+    def read(self, parts: Parts, low: Tensor, high: Tensor) -> Read:
+        """As of whole maps; tokens, keys and the first process's draw of the dropout come in one message."""
+        shared = parts.is_shared()
+        readings = [self._reading(parts.key, low, calls=2 if shared else 1)]
+        if not shared:
+            readings.append(self._reading(parts.query, high, calls=1))
+        maps = with_norms(readings, self.group)
+        norms = [map.norm for map in maps if map.norm is not None]
+        dropout = next((m for m in parts.tail if type(m) is nn.Dropout2d), None)
+        tokens, keys, query, scale = ShardedTokens.apply(
+            low,
+            maps[0].data,
+            None if shared else maps[1].data,
+            channel_scale(dropout, maps[-1].data, parts.out.out_channels),
+            [norm.share for norm in norms],
+            self.band,
+            self.group,
+            requested_backend(),
+            *(operand for norm in norms for operand in norm.operands()),
+        )
+        return Read(tokens, keys, FeatureMap(query, norms[-1]), scale)
+
+    def _reading(self, projection: Projection, x: Tensor, calls: int) -> Reading:
+        y, conv_bias = convolve(projection, x)
+        return Reading(projection.norm, y, conv_bias, calls)
+
+    def attend(self, read: Read, values: Tensor, skip: Skip, parts: Parts) -> Tensor:
+        """As for whole maps; the gradient of the rectified query goes to :class:`ShardedTokens`."""
+        y, norm = read.query
+        assert norm is not None
+        x, weight, constant = skip
+        out: Tensor
+        out, _, _ = apply(
+            RectifiedAttention,
+            y,
+            *norm.operands(),
+            read.keys,
+            values.to(y.dtype),
+            *(None if operand is None else operand.to(y.dtype) for operand in (x, weight)),
+            None if constant is None else constant.to(norm.table.dtype),
+            Share(None, None),
+            Levels([], []),
+            requested_backend(),
+        )
         return out
-    (tail,) = normalizations([Reading(parts.tail[0], out)], group)
-    relu = any(type(m) is nn.ReLU for m in parts.tail)
-    if recompute and torch.is_grad_enabled():
-        with made_again(out, attend):
-            return apply_scaled_tail(out, tail, relu, scale)
-    return apply_scaled_tail(out, tail, relu, scale)
 
-
-def _read(projection: Projection, x: Tensor, calls: int) -> Reading:
-    """The projection ahead of its batch norm; batch statistics cancel the convolution's bias."""
-    conv, norm = projection.conv, projection.norm
-    if uses_batch_statistics(norm):
-        return Reading(norm, F.conv2d(x, conv.weight, None), conv.bias, calls)
-    return Reading(norm, F.conv2d(x, conv.weight, conv.bias))
-
-
-def _attend(query: Tensor, norm: Normalization, keys: Tensor, value: Tensor, product: Product) -> Tensor:
-    """A U + product for queries relu(z), all in the dtype of ``query``, the raw map."""
-    out: Tensor
-    out, _, _ = apply(
-        RectifiedAttention,
-        query,
-        *norm.vectors(),
-        keys,
-        value.to(query.dtype),
-        *(None if operand is None else operand.to(query.dtype) for operand in product),
-        None,  # samples
-        None,  # group
-        query.shape[1] ** -0.5,
-        [],  # heights
-        [],  # widths
-        requested_backend(),
-    )
-    return out
+    def with_norm(self, norm: Any, y: Tensor) -> FeatureMap:
+        """``y`` with what ``norm`` does to the whole map."""
+        (map,) = with_norms([Reading(norm, y)], self.group)
+        return map

@@ -12,42 +12,37 @@
 #include "pyramid_geometry.h"
 
 TORCH_LIBRARY(annnet_native, m) {
-  m.def("pyramid_pool(Tensor x, int[] heights, int[] widths, Tensor(a!) out) -> ()");
+  m.def("pyramid_pool(Tensor x, Tensor? norm, int[] heights, int[] widths, Tensor(a!) out) -> ()");
   m.def(
       "pyramid_pool_bwd(Tensor grad, int[] map_size, int[] heights, int[] widths, bool channels_last, Tensor(a!) dx) "
       "-> ()");
   m.def(
-      "pyramid_pool_bn_relu(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, int[] heights, "
-      "int[] widths, Tensor(a!) out) -> ()");
+      "bn_relu_bwd_sums(Tensor y, Tensor norm, Tensor? grad_tokens, Tensor? grad_map, int[] heights, int[] widths, "
+      "Tensor(a!) sums) -> ()");
   m.def(
-      "bn_relu_bwd_sums(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, Tensor? grad_tokens, "
-      "Tensor? grad_map, int[] heights, int[] widths, Tensor(a!) sums) -> ()");
+      "bn_relu_bwd_input(Tensor y, Tensor norm, Tensor? grad_tokens, Tensor? grad_map, Tensor? mean_sums, "
+      "int[] heights, int[] widths, Tensor(a!) dy) -> ()");
   m.def(
-      "bn_relu_bwd_input(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, Tensor? grad_tokens, "
-      "Tensor? grad_map, Tensor? mean_sums, int[] heights, int[] widths, Tensor(a!) dy) -> ()");
+      "asymmetric_attention(Tensor query, Tensor? norm, Tensor key, Tensor value, Tensor? skip, Tensor? constant, "
+      "float scale, bool statistics, Tensor(a!) out, Tensor(b!) logsumexp, Tensor(c!) moments) -> ()");
   m.def(
-      "asymmetric_attention(Tensor query, Tensor key, Tensor value, float scale, Tensor(a!) out, "
-      "Tensor(b!) logsumexp) -> ()");
+      "asymmetric_attention_bwd(Tensor grad_out, Tensor query, Tensor? norm, Tensor key, Tensor value, "
+      "Tensor logsumexp, float scale, bool[] needs, Tensor(a!) dquery, Tensor(b!) dkey, Tensor(c!) dvalue) -> ()");
+  m.def("batch_norm_moments(Tensor y, Tensor(a!) moments) -> ()");
   m.def(
-      "asymmetric_attention_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor logsumexp, "
-      "float scale, bool[] needs, Tensor(a!) dquery, Tensor(b!) dkey, Tensor(c!) dvalue) -> ()");
+      "batch_norm_table(Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor(a!) table) "
+      "-> ()");
   m.def(
-      "asymmetric_attention_bn_relu(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, Tensor key, "
-      "Tensor value, Tensor? addend, float scale, Tensor(a!) out, Tensor(b!) logsumexp) -> ()");
+      "batch_norm_update(Tensor y, Tensor? moments, Tensor? weight, Tensor? bias, Tensor? conv_bias, "
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? count, float eps, float? momentum, int calls, "
+      "Tensor(d!) table) -> ()");
+  m.def("batch_norm_apply(Tensor y, Tensor norm, Tensor? channel_scale, bool relu, Tensor(a!) out) -> ()");
   m.def(
-      "asymmetric_attention_bn_relu_bwd(Tensor grad_out, Tensor y, Tensor mean, Tensor invstd, Tensor weight, "
-      "Tensor bias, Tensor key, Tensor value, Tensor logsumexp, float scale, bool[] needs, Tensor(a!) dz, "
-      "Tensor(b!) dkey, Tensor(c!) dvalue) -> ()");
-  m.def("batch_norm_statistics(Tensor y, Tensor(a!) out) -> ()");
+      "batch_norm_bwd_sums(Tensor grad_out, Tensor y, Tensor norm, Tensor? channel_scale, bool relu, Tensor(a!) out) "
+      "-> ()");
   m.def(
-      "batch_norm_apply(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, Tensor? channel_scale, "
-      "bool relu, Tensor(a!) out) -> ()");
-  m.def(
-      "batch_norm_bwd_sums(Tensor grad_out, Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, "
-      "Tensor? channel_scale, bool relu, Tensor(a!) out) -> ()");
-  m.def(
-      "batch_norm_bwd_input(Tensor grad_out, Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, "
-      "Tensor? channel_scale, bool relu, Tensor? mean_sums, Tensor(a!) dy) -> ()");
+      "batch_norm_bwd_input(Tensor grad_out, Tensor y, Tensor norm, Tensor? channel_scale, bool relu, "
+      "Tensor? mean_sums, Tensor(a!) dy) -> ()");
   m.def(
       "upsampled_cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
       "bool align_corners, bool per_pixel, bool gradient, Tensor(a!) losses, Tensor(b!) sums, "

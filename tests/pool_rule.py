@@ -73,10 +73,11 @@ def _plain(x: Tensor, grad: Tensor, heights: list[int], widths: list[int]) -> Re
     return {"tokens": tokens, "dx": torch.autograd.grad(tokens, leaf, grad)[0]}
 
 
-def random_norm(channels: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """mean, invstd, weight, bias."""
-    draw = torch.randn(4, channels, device=device, dtype=dtype)
-    return draw[0], draw[1].abs() + 0.5, draw[2], draw[3]
+def random_norm(channels: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+    """A table of mean, invstd, weight and bias; some weights are negative."""
+    table = torch.randn(4, channels, device=device, dtype=dtype)
+    table[1] = table[1].abs() + 0.5
+    return table
 
 
 def assert_rectified_accurate(
@@ -108,14 +109,14 @@ def assert_rectified_accurate(
         mean_sums = torch.randn(2, channels, device=device, dtype=statistics) * 0.1 if with_statistics else None
         operators = torch.ops.annnet
         with ak.use_backend(backend):
-            pooled = operators.pyramid_pool_bn_relu(y, *norm, heights, widths)
+            pooled = operators.pyramid_pool(y, norm, heights, widths)
         gradients = (grad_tokens, grad_map)
         ours = {
             "tokens": pooled,
-            "sums": operators.bn_relu_bwd_sums(y, *norm, *gradients, heights, widths, backend),
-            "dy": operators.bn_relu_bwd_input(y, *norm, *gradients, mean_sums, heights, widths, backend),
+            "sums": operators.bn_relu_bwd_sums(y, norm, *gradients, heights, widths, backend),
+            "dy": operators.bn_relu_bwd_input(y, norm, *gradients, mean_sums, heights, widths, backend),
         }
-        operands = (y, *norm, *gradients, mean_sums)
+        operands = (y, norm, *gradients, mean_sums)
         doubled = [None if x is None else x.double() for x in operands]
         return ours, _plain_rectified(*operands, heights, widths), _plain_rectified(*doubled, heights, widths)
 
@@ -124,10 +125,7 @@ def assert_rectified_accurate(
 
 def _plain_rectified(
     y: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    norm: Tensor,
     grad_tokens: Tensor | None,
     grad_map: Tensor | None,
     mean_sums: Tensor | None,
@@ -135,13 +133,13 @@ def _plain_rectified(
     widths: list[int],
 ) -> Results:
     """The formulas, z rounded to the dtype of y as a block that writes it does; in float64, the truth."""
-    columns = [v[None, :, None, None] for v in (mean, invstd, weight, bias)]
-    normal = (y.to(mean.dtype) - columns[0]) * columns[1]
+    columns = norm[:, None, :, None, None]
+    normal = (y.to(norm.dtype) - columns[0]) * columns[1]
     z = (normal * columns[2] + columns[3]).to(y.dtype).relu()
     spread = 0 if grad_map is None else grad_map
     if grad_tokens is not None:
         spread = spread + _plain(z, grad_tokens, heights, widths)["dx"]
-    gradient = torch.where(normal * columns[2] + columns[3] <= 0, 0, spread).to(mean.dtype)
+    gradient = torch.where(normal * columns[2] + columns[3] <= 0, 0, spread).to(norm.dtype)
     sums = torch.stack([gradient.sum((0, 2, 3)), (gradient * normal).sum((0, 2, 3))])
     centred = gradient
     if mean_sums is not None:

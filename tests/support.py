@@ -52,9 +52,9 @@ OPERATORS = {
         TRITON: f"{TRITON_POOL}::test_accuracy_of_rectified_layouts",
     },
     "attention on batch norm and ReLU": {
-        CPP: "test_asymmetric_attention.py::test_prologue_and_addend",
-        PLAIN: "test_asymmetric_attention.py::test_prologue_and_addend",
-        TRITON: f"{TRITON_ATTENTION}::test_prologue_and_addend",
+        CPP: "test_asymmetric_attention.py::test_norm_skip_and_constant",
+        PLAIN: "test_asymmetric_attention.py::test_norm_skip_and_constant",
+        TRITON: f"{TRITON_ATTENTION}::test_norm_skip_and_constant",
     },
     "batch norm of the tail": {CPP: BATCH_NORM, PLAIN: BATCH_NORM, TRITON: TRITON_BATCH_NORM},
 }

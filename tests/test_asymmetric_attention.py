@@ -200,7 +200,8 @@ def test_forward_mode_is_refused():
 
 def test_the_logsumexp_is_not_differentiable():
     leaves = [x.requires_grad_() for x in operands()]
-    out, logsumexp = torch.ops.annnet.asymmetric_attention(*leaves, 0.7)
+    query, key, value = leaves
+    out, logsumexp, _ = torch.ops.annnet.asymmetric_attention(query, None, key, value, None, None, 0.7, False)
     assert out.requires_grad
     assert not logsumexp.requires_grad
     truth = (leaves[0].flatten(2).transpose(1, 2) @ leaves[1] * 0.7).logsumexp(dim=2)
@@ -225,52 +226,63 @@ def test_flop_are_counted():
         assert counter.get_total_flops() == pairs * (5 + 6 + products)
 
 
-# The prologue and the addend
+# The norm of the query, and what is added
 
 
-def published(y, norm, key, value, addend, grad):
-    """Batch norm with the given vectors, ReLU, attention, sum: outputs and gradients in the dtype of y."""
-    mean, invstd, weight, bias = (v[None, :, None, None] for v in norm)
+def published(y, norm, key, value, skip, constant, grad):
+    """Batch norm with the given table, ReLU, attention, sum: outputs and gradients in the dtype of y."""
+    mean, invstd, weight, bias = norm[:, None, :, None, None]
     z = ((y.to(mean.dtype) - mean) * invstd * weight + bias).to(y.dtype).relu().requires_grad_()
     leaves = [z, *(x.detach().requires_grad_() for x in (key, value))]
     out = plain_attention(*leaves, 0.2)
     gradients = torch.autograd.grad(out, leaves, grad)
-    return dict(zip(("out", "dz", "dkey", "dvalue"), (out + addend, *gradients), strict=True))
+    return dict(
+        zip(
+            ("out", "dz", "dkey", "dvalue"), (out + skip + constant.to(y.dtype)[:, None, None], *gradients), strict=True
+        )
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "slice"])
-def test_prologue_and_addend(layout, dtype, backend):
-    vectors_dtype = torch.promote_types(dtype, torch.float32)
+def test_norm_skip_and_constant(layout, dtype, backend):
+    table_dtype = torch.promote_types(dtype, torch.float32)
 
     def run(seed):
-        y, addend, grad = (random_map((2, c, 11, 13), dtype, layout) for c in (21, 35, 35))
+        y, skip, grad = (random_map((2, c, 11, 13), dtype, layout) for c in (21, 35, 35))
         key, value = (random_tokens(2, c, 43, dtype) for c in (21, 35))
-        norm = torch.randn(4, 21, dtype=vectors_dtype).unbind()
+        norm, constant = (torch.randn(*shape, dtype=table_dtype) for shape in ((4, 21), (35,)))
         with ak.use_backend(backend):
-            out, logsumexp = torch.ops.annnet.asymmetric_attention_bn_relu(y, *norm, key, value, addend, 0.2)
-        gradients = torch.ops.annnet.asymmetric_attention_bn_relu_bwd(
-            grad, y, *norm, key, value, logsumexp, 0.2, [True, True, True], backend
+            operands = y, norm, key, value, skip, constant, 0.2, True
+            out, logsumexp, moments = torch.ops.annnet.asymmetric_attention(*operands)
+            torch.testing.assert_close(moments, torch.ops.annnet.batch_norm_moments(out))
+        gradients = torch.ops.annnet.asymmetric_attention_bwd(
+            grad, y, norm, key, value, logsumexp, 0.2, [True, True, True], backend
         )
         ours = dict(zip(("out", "dz", "dkey", "dvalue"), (out, *gradients), strict=True))
-        tensors = (y, norm, key, value, addend, grad)
-        in_float64 = ([v.double() for v in x] if isinstance(x, tuple) else x.double() for x in tensors)
-        return ours, published(*tensors), published(*in_float64)
+        tensors = (y, norm, key, value, skip, constant, grad)
+        return ours, published(*tensors), published(*(x.double() for x in tensors))
 
     assert_as_accurate_as_plain(run, dtype)
-    assert ak.last_backend("asymmetric_attention_bn_relu") == backend
+    assert ak.last_backend("asymmetric_attention") == backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_in_place_is_the_same_sum(layout, dtype, backend):
-    y, addend = (random_map((2, c, 11, 13), dtype, layout) for c in (21, 35))
+    y, skip = (random_map((2, c, 11, 13), dtype, layout) for c in (21, 35))
     key, value = (random_tokens(2, c, 43, dtype) for c in (21, 35))
-    norm = torch.randn(4, 21, dtype=torch.promote_types(dtype, torch.float32)).unbind()
+    norm, constant = (
+        torch.randn(*shape, dtype=torch.promote_types(dtype, torch.float32)) for shape in ((4, 21), (35,))
+    )
     with ak.use_backend(backend):
-        out, logsumexp = torch.ops.annnet.asymmetric_attention_bn_relu(y, *norm, key, value, addend, 0.2)
-        in_place = torch.ops.annnet.asymmetric_attention_bn_relu_(y, *norm, key, value, addend, 0.2)
-    assert torch.equal(addend, out)
-    assert torch.equal(in_place, logsumexp)
+        operands = y, norm, key, value, skip, constant, 0.2, True
+        out, *beside = torch.ops.annnet.asymmetric_attention(*operands)
+        version = skip._version
+        in_place = torch.ops.annnet.asymmetric_attention_(*operands)
+    assert torch.equal(skip, out)
+    assert skip._version > version
+    for ours, other in zip(in_place, beside, strict=True):
+        assert torch.equal(ours, other)

@@ -93,7 +93,7 @@ def test_logits_up_to_the_largest_float(scale: float, layout: str) -> None:
         memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
     )
     key, value = torch.tensor([1.0, 0.5, -1.0, -0.25])[torch.randint(4, (1, 2, 43))], torch.randn(1, 24, 43)
-    out, logsumexp = torch.ops.annnet.asymmetric_attention(query, key, value, scale)
+    out, logsumexp, _ = torch.ops.annnet.asymmetric_attention(query, None, key, value, None, None, scale, False)
     truth = plain_attention(query.double(), key.double(), value.double(), scale)
     torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
     logits = query.double().flatten(2).transpose(1, 2) @ key.double() * scale
@@ -116,9 +116,9 @@ def operands_of_odd_sizes(
 def forward_and_backward(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, needs: tuple[bool, ...] = (True, True, True)
 ) -> tuple[Tensor, ...]:
-    out, logsumexp = torch.ops.annnet.asymmetric_attention(query, key, value, 0.2)
+    out, logsumexp, _ = torch.ops.annnet.asymmetric_attention(query, None, key, value, None, None, 0.2, False)
     gradients = torch.ops.annnet.asymmetric_attention_bwd(
-        grad, query, key, value, logsumexp, 0.2, needs, ak.backends.requested_backend()
+        grad, query, None, key, value, logsumexp, 0.2, needs, ak.backends.requested_backend()
     )
     return out, logsumexp, *gradients
 
@@ -244,9 +244,11 @@ def test_touches_nothing_beyond_its_tensors(channels: tuple[int, int], dtype: to
     outputs = [surrounded(torch.zeros_like(x), 7.0) for x in expected]
     untouched = [memory.clone() for _, memory in outputs]
     out, logsumexp, dquery, dkey, dvalue = (inside for inside, _ in outputs)
-    torch.ops.annnet_native.asymmetric_attention(query, key, value, 0.2, out, logsumexp)
+    moments = torch.empty(0, dtype=torch.float64)
+    operands = query, None, key, value, None, None, 0.2, False
+    torch.ops.annnet_native.asymmetric_attention(*operands, out, logsumexp, moments)
     torch.ops.annnet_native.asymmetric_attention_bwd(
-        grad, query, key, value, logsumexp, 0.2, (True, True, True), dquery, dkey, dvalue
+        grad, query, None, key, value, logsumexp, 0.2, (True, True, True), dquery, dkey, dvalue
     )
     for (ours, memory), reference, before in zip(outputs, expected, untouched, strict=True):
         assert torch.equal(ours, reference)
@@ -257,17 +259,22 @@ def test_touches_nothing_beyond_its_tensors(channels: tuple[int, int], dtype: to
 def test_direct_calls_are_checked() -> None:
     query, key, value, _ = operands_of_odd_sizes(torch.float32)
     out, logsumexp = torch.empty(2, 35, 31, 37), torch.empty(2, 31 * 37)
-    call = torch.ops.annnet_native.asymmetric_attention
+    moments = torch.empty(0, dtype=torch.float64)
+
+    def call(query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor) -> None:
+        operands = query, None, key, value, None, None, 0.2, False
+        torch.ops.annnet_native.asymmetric_attention(*operands, out, logsumexp, moments)
+
     with pytest.raises(ValueError, match="key: expected shape"):
-        call(query, key[:, :20], value, 0.2, out, logsumexp)
+        call(query, key[:, :20], value, out, logsumexp)
     with pytest.raises(ValueError, match="value: expected shape"):
-        call(query, key, value[:, :, 1:], 0.2, out, logsumexp)
+        call(query, key, value[:, :, 1:], out, logsumexp)
     with pytest.raises(TypeError, match="value: expected the dtype of query"):
-        call(query, key, value.double(), 0.2, out, logsumexp)
+        call(query, key, value.double(), out, logsumexp)
     with pytest.raises(ValueError, match="out: expected a dense"):
-        call(query, key, value, 0.2, random_map((2, 35, 31, 37), torch.float32, "slice"), logsumexp)
+        call(query, key, value, random_map((2, 35, 31, 37), torch.float32, "slice"), logsumexp)
     with pytest.raises(TypeError, match="logsumexp: expected dtype"):
-        call(query, key, value, 0.2, out, logsumexp.double())
+        call(query, key, value, out, logsumexp.double())
 
 
 def test_level_follows_the_environment() -> None:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import annnet_kernels as ak
 from annnet_kernels.ops import NormalizedAttention
+from annnet_kernels.ops.normalized import Levels, Share
 from annnet_kernels.row_shards import RectifiedAttention
 
 pytestmark = [
@@ -275,10 +276,10 @@ class Nothing(torch.autograd.Function):
 @pytest.mark.parametrize("function", [NormalizedAttention, RectifiedAttention])
 def test_where_no_gradient_comes_to_a_step_of_a_block_it_is_zero(function):
     """Other processes may wait for sums of it."""
-    y, vectors, tokens = torch.randn(1, 4, 3, 5, requires_grad=True), torch.ones(4), torch.randn(1, 4, 7)
-    shift, others, constants = None, (None,) * 5, (0.5, [], [], None)
+    y, table, tokens = torch.randn(1, 4, 3, 5, requires_grad=True), torch.ones(4, 4), torch.randn(1, 4, 7)
+    parameters, product, constants = (None,) * 3, (None,) * 3, (Share(None, None), Levels([], []), None)
     for expected, pass_on in ((False, Nothing.apply), (True, torch.clone)):
-        out, *_ = function.apply(y, *(vectors,) * 4, shift, tokens, tokens, *others, *constants)
+        out, *_ = function.apply(y, table, *parameters, tokens, tokens, *product, *constants)
         pass_on(out).sum().backward()
         assert bool(y.grad.any()) is expected
 

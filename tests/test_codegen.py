@@ -120,10 +120,9 @@ def launches_of(size, channels_last, dtype=torch.bfloat16, widths=(256, 512, 110
     key, value = (empty_tokens(like, batch, c, tokens) for c in (key_channels, value_channels))
     logsumexp = like.new_empty((batch, size[0] * size[1]), dtype=torch.float32)
     device = codegen.DEVICES[90]
-    forward = asymmetric_attention.plan_forward(query, None, key, value, None, 1.0, out, logsumexp, "ieee", device)
-    return forward + asymmetric_attention.plan_backward(
-        out, query, None, key, value, logsumexp, 1.0, query, key, value, "ieee", device
-    )
+    operands = asymmetric_attention.Operands(query, None, key, value, 1.0, "ieee")
+    forward = asymmetric_attention.plan_forward(operands, None, None, out, logsumexp, device)
+    return forward + asymmetric_attention.plan_backward(out, operands, logsumexp, (query, key, value), device)
 
 
 def test_sizes_of_an_image_compile_nothing_new():

@@ -98,10 +98,10 @@ def step_of_two(group, kind, wrap, split, maps):
         found = step(wrapped, [x[part] for x in maps], rank)
     if wrap == "fsdp, finer":
         assert "published forward, because of FSDPConv2d in the place of Conv2d" in repr(block)
-        assert ak.last_backend("asymmetric_attention_bn_relu") is None
+        assert ak.last_backend("batch_norm_update") is None
     else:
         assert block.extra_repr() == "collapsed"
-        assert ak.last_backend("asymmetric_attention_bn_relu") is not None  # the collapsed forward ran
+        assert ak.last_backend("batch_norm_update") is not None  # the collapsed forward ran
     # Statistics ahead and gradients behind: of the tail, of the query, and in an AFNB of the key.
     assert len(reductions) == (0 if wrap in WITHOUT_SYNCHRONISATION else 6 if kind == "AFNB" else 4), reductions
     found |= {f"grad {name}": gradient for name, gradient in reduced_gradients(block, wrap, 2).items()}

@@ -22,24 +22,26 @@ def calls(layout, dtype=torch.float32):
     def tokens(channels):
         return torch.randn(B, channels, TOKENS, dtype=dtype)
 
-    query, y, value_map, grad_map = a_map(CK), a_map(CK), a_map(CV), a_map(CV)
-    vectors = tuple(torch.rand(4, CK, dtype=dtype).unbind())
+    query, y, grad_map = a_map(CK), a_map(CK), a_map(CV)
+    norm, constant = torch.rand(4, CK, dtype=dtype), torch.randn(CV, dtype=dtype)
     logsumexp, scale = torch.randn(B, H * W, dtype=dtype), torch.rand(B, CK, dtype=dtype)
-    tail = (y, *vectors, scale, True)
-    attend = (query, *vectors, tokens(CK), tokens(CV))
+    tail = (y, norm, scale, True)
+    attend = (query, norm, tokens(CK), tokens(CV))
     sums = torch.randn(2, CK, dtype=dtype)
     labels, class_weight = torch.randint(0, CK, (B, 9, 11)), torch.rand(CK, dtype=dtype)
     pixel_grad = torch.randn(B, 9, 11, dtype=dtype)
+    moments = torch.stack((torch.full((CK,), 30.0), *torch.rand(2, CK))).double()
+    running = torch.rand(3, CK)
     return {
-        "pyramid_pool": (query, *LEVELS),
+        "pyramid_pool": (query, None, *LEVELS),
         "pyramid_pool_bwd": (tokens(CK), [H, W], *LEVELS, layout == "channels_last", None),
-        "pyramid_pool_bn_relu": (y, *vectors, *LEVELS),
-        "bn_relu_bwd_sums": (y, *vectors, tokens(CK), a_map(CK), *LEVELS, None),
-        "bn_relu_bwd_input": (y, *vectors, tokens(CK), None, sums, *LEVELS, None),
-        "asymmetric_attention": (query, tokens(CK), tokens(CV), 0.7),
+        "bn_relu_bwd_sums": (y, norm, tokens(CK), a_map(CK), *LEVELS, None),
+        "bn_relu_bwd_input": (y, norm, tokens(CK), None, sums, *LEVELS, None),
+        "asymmetric_attention": (query, None, tokens(CK), tokens(CV), None, None, 0.7, False),
         "asymmetric_attention_bwd": (
             grad_map,
             query,
+            None,
             tokens(CK),
             tokens(CV),
             logsumexp,
@@ -47,10 +49,10 @@ def calls(layout, dtype=torch.float32):
             [True, False, True],
             None,
         ),
-        "asymmetric_attention_bn_relu": (*attend, value_map, 0.7),
-        "asymmetric_attention_bn_relu_": (*attend, random_map((B, CV, H, W), dtype, dense(layout)), 0.7),
-        "asymmetric_attention_bn_relu_bwd": (grad_map, *attend, logsumexp, 0.7, [True, True, False], None),
-        "batch_norm_statistics": (y,),
+        "asymmetric_attention_": (*attend, random_map((B, CV, H, W), dtype, dense(layout)), constant, 0.7, True),
+        "batch_norm_moments": (y,),
+        "batch_norm_table": (y, *torch.rand(2, CK), norm[0], None, 1e-5),
+        "batch_norm_update": (y, moments, norm[0], None, norm[1], *running[:2], torch.tensor(3), 1e-5, None, 2),
         "batch_norm_apply": tail,
         "batch_norm_apply_": (random_map((B, CK, H, W), dtype, dense(layout)), *tail[1:]),
         "batch_norm_bwd_sums": (a_map(CK), *tail, None),

@@ -165,7 +165,7 @@ def test_a_program_holds_operators_that_write_nothing_in_place(kind):
         program = export(*build_block(kind))
     graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
     operators = {node.target for graph in graphs for node in graph.nodes if "annnet" in str(node.target)}
-    assert torch.ops.annnet.asymmetric_attention_bn_relu.default in operators
+    assert torch.ops.annnet.batch_norm_table.default in operators
     assert not any(operator._schema.is_mutable for operator in operators)
 
 

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import annnet_kernels as ak
 from annnet_kernels import normalization as normalization_module
-from annnet_kernels.normalization import apply_tail, normalization
+from annnet_kernels.normalization import FeatureMap, apply_tail, channel_scale, norm_of
 from annnet_kernels.reference import PlainAFNB, PlainAPNB
 from benchmarks import measure
 from benchmarks.counting import count
@@ -103,7 +103,8 @@ def test_the_tail_equals_batch_norm_relu_dropout(relu):
     x, weights = torch.randn(2, 3, 6, 5, 4, dtype=torch.float64)
     mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     torch.manual_seed(1)
-    out = apply_tail(mine, normalization(norm, mine), relu, twin[2])
+    scale = channel_scale(twin[2], mine, 6)
+    out = apply_tail(FeatureMap(mine, norm_of(norm, mine)), relu, scale)
     torch.manual_seed(1)
     expected = twin(theirs)
     torch.testing.assert_close(out, expected)

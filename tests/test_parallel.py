@@ -447,11 +447,11 @@ def test_bands_of_any_heights_add_up_to_the_tokens(sizes):
     weights = torch.randn(2, 3, sum(h * w for h, w in zip(heights, widths, strict=True)), dtype=torch.float64)
     for top, bottom in pairwise(cuts):
         band = Band(top, bottom - top, height, heights, widths)
-        lines = torch.ops.annnet.pyramid_pool(x[:, :, top:bottom], *band.row_sizes)
+        lines = torch.ops.annnet.pyramid_pool(x[:, :, top:bottom], None, *band.row_sizes)
         total = total + band.add_rows(lines.transpose(1, 2))
         back = band.spread(weights.transpose(1, 2)).transpose(1, 2)
         spread.append(torch.ops.annnet.pyramid_pool_bwd(back, [bottom - top, width], *band.row_sizes, False, None))
-    whole = torch.ops.annnet.pyramid_pool(x, heights, widths)
+    whole = torch.ops.annnet.pyramid_pool(x, None, heights, widths)
     torch.testing.assert_close(total.transpose(1, 2), whole)
     assert whole.isinf().any()
     assert not whole.isinf().all() or heights == widths == (1,)

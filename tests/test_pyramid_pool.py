@@ -167,7 +167,7 @@ def test_flop_are_counted():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_accuracy_of_rectified_layouts(layout, dtype, backend):
     assert_rectified_accurate((2, 9, 17, 24), dtype, backend, layout)
-    for operator in ("pyramid_pool_bn_relu", "bn_relu_bwd_sums", "bn_relu_bwd_input"):
+    for operator in ("pyramid_pool", "bn_relu_bwd_sums", "bn_relu_bwd_input"):
         assert ak.last_backend(operator) == backend
 
 
@@ -188,8 +188,8 @@ def test_the_backward_of_batch_norm_relu_and_pooling(backend):
     expected = torch.autograd.grad([z, tokens], [y, weight, bias], [grad_map, grad_tokens])
     with torch.no_grad(), ak.use_backend(backend):
         variance, mean = torch.var_mean(y, (0, 2, 3), correction=0)
-        operands = (y, mean, (variance + 1e-5).rsqrt(), weight, bias)
-        torch.testing.assert_close(torch.ops.annnet.pyramid_pool_bn_relu(*operands, heights, widths), tokens)
+        operands = (y, torch.stack((mean, (variance + 1e-5).rsqrt(), weight, bias)))
+        torch.testing.assert_close(torch.ops.annnet.pyramid_pool(*operands, heights, widths), tokens)
         gradients = (grad_tokens, grad_map)
         sums = torch.ops.annnet.bn_relu_bwd_sums(*operands, *gradients, heights, widths, backend)
         means = sums / (3 * 9 * 7)
@@ -199,9 +199,9 @@ def test_the_backward_of_batch_norm_relu_and_pooling(backend):
 
 def test_a_step_refuses_a_gradient():
     y, norm = torch.randn(1, 4, 9, 9, requires_grad=True), random_norm(4)
-    out = torch.ops.annnet.pyramid_pool_bn_relu(y, *norm, [1], [1])
+    out = torch.ops.annnet.pyramid_pool(y, norm, [1], [1])
     with pytest.raises(NotImplementedError, match="has no derivative of its own"):
         out.sum().backward()
-    out = torch.ops.annnet.bn_relu_bwd_sums(y, *norm, None, y, [1], [1], None)
+    out = torch.ops.annnet.bn_relu_bwd_sums(y, norm, None, y, [1], [1], None)
     with pytest.raises(NotImplementedError, match="has no derivative of its own"):
         out.sum().backward()

@@ -80,7 +80,7 @@ def test_memory_beyond_the_map_and_the_outputs() -> None:
         x = whole_x[1:-1, 1:-1, 1:-1, 1:-1].copy_(torch.randn(2, 13, 37, channels)).permute(0, 3, 1, 2)
         whole_out = torch.full((4, 112, channels + 2), float("nan"), device=DEVICE)
         out = whole_out[1:-1, 1:-1, 1:-1].transpose(1, 2)
-        torch.ops.annnet_native.pyramid_pool(x, SIZES, SIZES, out)
+        torch.ops.annnet_native.pyramid_pool(x, None, SIZES, SIZES, out)
         torch.ops.annnet_native.pyramid_pool_bwd(out, [13, 37], SIZES, SIZES, True, x)
         for whole, inner in ((whole_out, out), (whole_x, x)):
             assert inner.isfinite().all()

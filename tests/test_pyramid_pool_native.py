@@ -144,7 +144,7 @@ def test_memory_beyond_the_map_and_the_outputs(dtype: torch.dtype, channels_last
         if channels_last:
             x, dx = x.permute(0, 3, 1, 2), dx.permute(0, 3, 1, 2)
         whole_out, out = embedded((2, 110, channels))
-        torch.ops.annnet_native.pyramid_pool(x, sizes, sizes, out.transpose(1, 2))
+        torch.ops.annnet_native.pyramid_pool(x, None, sizes, sizes, out.transpose(1, 2))
         torch.ops.annnet_native.pyramid_pool_bwd(out.transpose(1, 2), [height, width], sizes, sizes, channels_last, dx)
         for whole, inner in ((whole_out, out), (whole_dx, dx)):
             assert inner.isfinite().all()
@@ -230,12 +230,21 @@ def test_gradients_of_first_and_second_order() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.zeros(3, 4, 5), [1], [1], torch.zeros(3, 4, 1)), "x: expected 4 dimensions"),
-        ((torch.zeros(1, 2, 3, 4), [2], [2], torch.zeros(1, 2, 3)), r"tokens: expected shape \[1, 2, 4\]"),
-        ((torch.zeros(1, 2, 3, 4), [2], [2, 1], torch.zeros(1, 2, 4)), "heights and widths: expected one of each"),
-        ((torch.zeros(1, 2, 3, 4), [0], [2], torch.zeros(1, 2, 0)), "heights: expected positive sizes"),
-        ((torch.zeros(1, 2, 3, 4), [1], [1], torch.zeros(1, 2, 1).double()), "out: expected the dtype of x, Float"),
-        ((torch.zeros(1, 2, 3, 4).int(), [1], [1], torch.zeros(1, 2, 1).int()), "map: expected dtype float32, float64"),
+        ((torch.zeros(3, 4, 5), None, [1], [1], torch.zeros(3, 4, 1)), "x: expected 4 dimensions"),
+        ((torch.zeros(1, 2, 3, 4), None, [2], [2], torch.zeros(1, 2, 3)), r"tokens: expected shape \[1, 2, 4\]"),
+        (
+            (torch.zeros(1, 2, 3, 4), None, [2], [2, 1], torch.zeros(1, 2, 4)),
+            "heights and widths: expected one of each",
+        ),
+        ((torch.zeros(1, 2, 3, 4), None, [0], [2], torch.zeros(1, 2, 0)), "heights: expected positive sizes"),
+        (
+            (torch.zeros(1, 2, 3, 4), None, [1], [1], torch.zeros(1, 2, 1).double()),
+            "out: expected the dtype of x, Float",
+        ),
+        (
+            (torch.zeros(1, 2, 3, 4).int(), None, [1], [1], torch.zeros(1, 2, 1).int()),
+            "map: expected dtype float32, float64",
+        ),
     ],
 )
 def test_wrong_arguments_of_the_bare_operator(arguments: tuple[object, ...], message: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,153 +18,95 @@ from .attention_kernels import (
     asymmetric_attention_fwd_kernel,
     asymmetric_attention_sum_splits_kernel,
 )
+from .batch_norm import plan_moments
 from .launch import Device, Launch, device_of, product_precision, run_all
-from .operands import Map, Norm, chunk_argument, map_argument, pixel_multiple, tokens_argument
+from .operands import Map, chunk_argument, map_argument, pixel_multiple, tokens_argument
 from .tiles import AttentionTile, attention_tile, pixel_splits, token_gradient_tile
 
 _SUM_BLOCK = 1024
 
 
+class Operands(NamedTuple):
+    """What both directions read: queries (B, Ck, H, W) as raw maps with their table, keys and values."""
+
+    query: Tensor
+    norm: Tensor | None
+    key: Tensor
+    value: Tensor
+    scale: float
+    precision: str
+
+
 def asymmetric_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, logsumexp: Tensor
+    query: Tensor,
+    norm: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    skip: Tensor | None,
+    constant: Tensor | None,
+    scale: float,
+    statistics: bool,
+    out: Tensor,
+    logsumexp: Tensor,
+    moments: Tensor,
 ) -> None:
-    _forward(query, None, key, value, None, scale, out, logsumexp)
+    device = device_of(query)
+    operands = Operands(query, norm, key, value, scale, product_precision(query.dtype))
+    launches = plan_forward(operands, skip, constant, out, logsumexp, device)
+    if statistics:
+        launches += plan_moments(out, moments, device)
+    run_all(launches, query)
 
 
 def asymmetric_attention_bwd(
     grad_out: Tensor,
     query: Tensor,
+    norm: Tensor | None,
     key: Tensor,
     value: Tensor,
     logsumexp: Tensor,
     scale: float,
     needs: Sequence[bool],
-    dquery: Tensor,
-    dkey: Tensor,
-    dvalue: Tensor,
+    *gradients: Tensor,
 ) -> None:
-    _backward(grad_out, query, None, key, value, logsumexp, scale, needs, (dquery, dkey, dvalue))
-
-
-def asymmetric_attention_bn_relu(
-    y: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    key: Tensor,
-    value: Tensor,
-    addend: Tensor | None,
-    scale: float,
-    out: Tensor,
-    logsumexp: Tensor,
-) -> None:
-    _forward(y, Norm(mean, invstd, weight, bias), key, value, addend, scale, out, logsumexp)
-
-
-def asymmetric_attention_bn_relu_bwd(
-    grad_out: Tensor,
-    y: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    key: Tensor,
-    value: Tensor,
-    logsumexp: Tensor,
-    scale: float,
-    needs: Sequence[bool],
-    dz: Tensor,
-    dkey: Tensor,
-    dvalue: Tensor,
-) -> None:
-    norm = Norm(mean, invstd, weight, bias)
-    _backward(grad_out, y, norm, key, value, logsumexp, scale, needs, (dz, dkey, dvalue))
-
-
-def _forward(
-    query: Tensor,
-    norm: Norm | None,
-    key: Tensor,
-    value: Tensor,
-    addend: Tensor | None,
-    scale: float,
-    out: Tensor,
-    logsumexp: Tensor,
-) -> None:
-    precision, device = product_precision(query.dtype), device_of(query)
-    run_all(plan_forward(query, norm, key, value, addend, scale, out, logsumexp, precision, device), query)
-
-
-def _backward(
-    grad: Tensor,
-    query: Tensor,
-    norm: Norm | None,
-    key: Tensor,
-    value: Tensor,
-    logsumexp: Tensor,
-    scale: float,
-    needs: Sequence[bool],
-    gradients: Sequence[Tensor],
-) -> None:
-    precision, device = product_precision(query.dtype), device_of(query)
-    dquery, dkey, dvalue = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-    launches = plan_backward(grad, query, norm, key, value, logsumexp, scale, dquery, dkey, dvalue, precision, device)
-    run_all(launches, query)
+    wanted = tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
+    operands = Operands(query, norm, key, value, scale, product_precision(query.dtype))
+    run_all(plan_backward(grad_out, operands, logsumexp, wanted, device_of(query)), query)
 
 
 def plan_forward(
-    query: Tensor,
-    norm: Norm | None,
-    key: Tensor,
-    value: Tensor,
-    addend: Tensor | None,
-    scale: float,
-    out: Tensor,
-    logsumexp: Tensor,
-    precision: str,
-    device: Device,
+    operands: Operands, skip: Tensor | None, constant: Tensor | None, out: Tensor, logsumexp: Tensor, device: Device
 ) -> list[Launch]:
-    """out = softmax(scale · QKᵀ) V + addend."""
-    maps = (map_argument(query), map_argument(addend), map_argument(out))
-    tile = _tile(maps, norm, key, value, precision, False, device)
-    blocks = query.shape[0] * -(-logsumexp.shape[1] // tile.pixels)
+    """out = softmax(scale · QKᵀ) V + skip + constant."""
+    query_map, skip_map, out_map = maps = map_argument(operands.query), map_argument(skip), map_argument(out)
+    tile = _tile(maps, operands, False, device)
+    blocks = out.shape[0] * -(-logsumexp.shape[1] // tile.pixels)
     if blocks == 0:
         return []
     arguments = {
-        "query": maps[0],
-        "norm": norm,
-        "key": tokens_argument(key),
-        "value": tokens_argument(value),
-        "addend": maps[1],
-        "out": maps[2],
+        **_operand_arguments(operands, query_map, tile),
+        "skip": skip_map,
+        "constant_ptr": constant,
+        "out": out_map,
         "logsumexp_ptr": logsumexp,
-        **_sizes(query, maps),
-        **_tile_constants(query, key, value, tile),
-        "scale": scale,
-        "PRECISION": precision,
+        **_common_arguments(operands, maps),
     }
     return [Launch(asymmetric_attention_fwd_kernel, (blocks,), arguments, tile.warps, tile.stages, tile.max_registers)]
 
 
 def plan_backward(
     grad: Tensor,
-    query: Tensor,
-    norm: Norm | None,
-    key: Tensor,
-    value: Tensor,
+    operands: Operands,
     logsumexp: Tensor,
-    scale: float,
-    dquery: Tensor | None,
-    dkey: Tensor | None,
-    dvalue: Tensor | None,
-    precision: str,
+    gradients: Sequence[Tensor | None],
     device: Device,
 ) -> list[Launch]:
-    """The gradients that are not None; ``dquery`` is that of the normalised query."""
+    """The gradients of the query, as it enters the products, of key and value; those that are not None."""
+    query, key = operands.query, operands.key
+    dquery, dkey, dvalue = gradients
     batch, pixels = logsumexp.shape
     maps = grad_map, query_map, dquery_map = map_argument(grad), map_argument(query), map_argument(dquery)
-    tile = _tile(maps, norm, key, value, precision, True, device)
+    tile = _tile(maps, operands, True, device)
     one_block = key.shape[2] <= tile.tokens
     blocks = batch * -(-pixels // tile.pixels)
     if blocks == 0 or (dquery is None and dkey is None and dvalue is None):
@@ -176,24 +118,15 @@ def plan_backward(
     scratch_tokens = -(-key.shape[2] // 16) * 16
     attention = scratch(dvalue is not None)
     dlogits = scratch(dkey is not None or (dquery is not None and not one_block))
-    common = {
-        "scratch_tokens": scratch_tokens,
-        **_sizes(query, maps),
-        "scale": scale,
-        "PRECISION": precision,
-    }
+    common = {"scratch_tokens": scratch_tokens, **_common_arguments(operands, maps)}
     arguments = {
         **common,
         "grad": grad_map,
-        "query": query_map,
-        "norm": norm,
-        "key": tokens_argument(key),
-        "value": tokens_argument(value),
+        **_operand_arguments(operands, query_map, tile),
         "logsumexp_ptr": logsumexp,
         "dquery": dquery_map if one_block else map_argument(None),
         "attention_ptr": attention,
         "dlogits_ptr": dlogits,
-        **_tile_constants(query, key, value, tile),
     }
     launches = [
         Launch(
@@ -215,14 +148,14 @@ def plan_backward(
             Launch(asymmetric_attention_bwd_query_kernel, grid, arguments, tile.warps, tile.stages, tile.max_registers)
         )
     if dkey is not None:
-        launches += _token_gradient(query_map, norm, dlogits, dkey, common, device)
+        launches += _token_gradient(query_map, operands.norm, dlogits, dkey, common, device)
     if dvalue is not None:
         launches += _token_gradient(grad_map, None, attention, dvalue, {**common, "scale": 1.0}, device)
     return launches
 
 
 def _token_gradient(
-    map: Map, norm: Norm | None, scratch: Tensor | None, out: Tensor, common: dict[str, Any], device: Device
+    map: Map, norm: Tensor | None, scratch: Tensor | None, out: Tensor, common: dict[str, Any], device: Device
 ) -> list[Launch]:
     """out = scale · scratchᵀ × map."""
     assert scratch is not None
@@ -267,23 +200,15 @@ def _token_gradient(
     return launches
 
 
-def _tile(
-    maps: Sequence[Map],
-    norm: Norm | None,
-    key: Tensor,
-    value: Tensor,
-    precision: str,
-    backward: bool,
-    device: Device,
-) -> AttentionTile:
+def _tile(maps: Sequence[Map], operands: Operands, backward: bool, device: Device) -> AttentionTile:
     return attention_tile(
-        key.shape[1],
-        value.shape[1],
-        key.shape[2],
-        key.dtype,
-        precision,
+        operands.key.shape[1],
+        operands.value.shape[1],
+        operands.key.shape[2],
+        operands.key.dtype,
+        operands.precision,
         backward,
-        norm is not None,
+        operands.norm is not None,
         any(m.channel_stride not in (None, 1) for m in maps),
         any(m.row_stride is not None for m in maps),
         device.capability,
@@ -291,18 +216,27 @@ def _tile(
     )
 
 
-def _sizes(query: Tensor, maps: Sequence[Map]) -> dict[str, Any]:
-    height, width = query.shape[2:]
+def _common_arguments(operands: Operands, maps: Sequence[Map]) -> dict[str, Any]:
+    """What every kernel that reads ``maps`` is given."""
+    height, width = operands.query.shape[2:]
     multiple = pixel_multiple(height * width, maps)
     return {
         "pixel_groups": height * width // multiple,
         "width": width,
+        "scale": operands.scale,
         "PIXEL_MULTIPLE": multiple,
+        "PRECISION": operands.precision,
     }
 
 
-def _tile_constants(query: Tensor, key: Tensor, value: Tensor, tile: AttentionTile) -> dict[str, Any]:
+def _operand_arguments(operands: Operands, query: Map, tile: AttentionTile) -> dict[str, Any]:
+    """What a kernel that owns a block of pixels is given of the operands."""
+    key, value = operands.key, operands.value
     return {
+        "query": query,
+        "norm": operands.norm,
+        "key": tokens_argument(key),
+        "value": tokens_argument(value),
         "ONE_BLOCK": key.shape[2] <= tile.tokens,
         "key_chunk": chunk_argument(key.shape[1], tile.key_chunk),
         "value_chunk": chunk_argument(value.shape[1], tile.value_chunk),
@@ -335,7 +269,7 @@ def launch_variants(device: Device) -> Iterator[tuple[str, str, Launch]]:
         others = _OTHER_WIDTHS if layout in ("channels_last", "NCHW odd") else ()
         examples = [
             _Example(_BLOCK_WIDTHS, layout, needs=needs),
-            _Example(_BLOCK_WIDTHS, layout, needs=needs, normalised=True, addends=("none", "map", "constant")),
+            _Example(_BLOCK_WIDTHS, layout, needs=needs, normalised=True, skips=(False, True)),
             _Example(_BLOCK_WIDTHS, layout, tokens="channel-major"),
             *(_Example(w, layout, normalised=n) for w in (_MANY_TOKENS, *others) for n in (False, True)),
         ]
@@ -353,7 +287,7 @@ class _Example:
     layout: str
     tokens: str = "token-major"
     normalised: bool = False
-    addends: Sequence[str] = ("map",)
+    skips: Sequence[bool] = (True,)
     needs: Sequence[Sequence[bool]] = (_ALL_GRADIENTS,)
     batch: int = 8
 
@@ -368,21 +302,20 @@ class _Example:
         height, width = query.shape[2:]
         out = empty_map(like, (self.batch, value_channels, height, width), is_channels_last(query))
         logsumexp = like.new_empty((self.batch, height * width), dtype=torch.float32)
-        norm = Norm(*[like.new_empty(key_channels, dtype=torch.float32)] * 4) if self.normalised else None
+        norm = like.new_empty((4, key_channels), dtype=torch.float32) if self.normalised else None
+        operands = Operands(query, norm, key, value, 1.0, precision)
+        constant = like.new_empty(value_channels, dtype=torch.float32) if self.normalised else None
         launches = []
-        addends = {"none": None, "map": out, "constant": out.new_empty(value_channels, 1, 1).expand_as(out)}
-        for addend in self.addends if self.normalised else ("none",):
-            launches += plan_forward(query, norm, key, value, addends[addend], 1.0, out, logsumexp, precision, device)
+        for skip in self.skips if self.normalised else (False,):
+            launches += plan_forward(operands, out if skip else None, constant, out, logsumexp, device)
         gradients = (
             empty_map(like, (self.batch, key_channels, height, width), is_channels_last(query)),
             empty_tokens(like, *key.shape),
             empty_tokens(like, *value.shape),
         )
         for needs in self.needs:
-            dquery, dkey, dvalue = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-            launches += plan_backward(
-                out, query, norm, key, value, logsumexp, 1.0, dquery, dkey, dvalue, precision, device
-            )
+            wanted = tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
+            launches += plan_backward(out, operands, logsumexp, wanted, device)
         return launches
 
     def _map(self, like: Tensor, channels: int) -> Tensor:

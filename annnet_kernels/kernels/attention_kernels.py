@@ -57,7 +57,8 @@ def asymmetric_attention_fwd_kernel(
     norm,
     key,
     value,
-    addend,
+    skip,
+    constant_ptr,
     out,
     logsumexp_ptr,
     pixel_groups,
@@ -71,10 +72,11 @@ def asymmetric_attention_fwd_kernel(
     BLOCK_TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out = softmax(scale · QKᵀ) V + addend, and the logsumexp of the logits.
+    """out = softmax(scale · QKᵀ) V + skip + constant, and the logsumexp of the logits.
 
     Grid: (B · ⌈N / BLOCK_PIXELS⌉,). A program owns BLOCK_PIXELS pixels of one image, with all their value channels.
-    query (B, Ck, H, W), key (B, Ck, T), value (B, Cv, T), addend and out (B, Cv, H, W), logsumexp (B, N).
+    query (B, Ck, H, W), norm (4, Ck), key (B, Ck, T), value (B, Cv, T), skip and out (B, Cv, H, W), constant (Cv),
+    logsumexp (B, N).
     """
     batch, first_pixel, inside, n_pixels = _pixel_block(pixel_groups, PIXEL_MULTIPLE, BLOCK_PIXELS)
     query_pixels = pixel_pointers(query, batch, first_pixel, width, BLOCK_PIXELS)
@@ -123,9 +125,12 @@ def asymmetric_attention_fwd_kernel(
                 columns = load_tokens(value, batch, first_token, first, value_chunk, BLOCK_TOKENS)
                 context = tl.dot(weights.to(columns.dtype), columns, context, input_precision=PRECISION)
         context = context / total[:, None]
-        if addend.pointer is not None:
-            addend_pixels = pixel_pointers(addend, batch, first_pixel, width, BLOCK_PIXELS)
-            context += load_map(addend, None, addend_pixels, inside, first, value_chunk)
+        if skip.pointer is not None:
+            skip_pixels = pixel_pointers(skip, batch, first_pixel, width, BLOCK_PIXELS)
+            context += load_map(skip, None, skip_pixels, inside, first, value_chunk)
+        if constant_ptr is not None:
+            channels = first + tl.arange(0, value_chunk.size)
+            context += tl.load(constant_ptr + channels, mask=channels < value.channels, other=0.0)[None, :]
         store_map(out, context, out_pixels, inside, first, value_chunk)
 
 

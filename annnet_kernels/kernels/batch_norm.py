@@ -1,77 +1,101 @@
-"""Launches of the normalising tail; see ``batch_norm_kernels``."""
+"""Launches of norms and of the normalising tail; see ``batch_norm_kernels``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..layouts import empty_map
-from .batch_norm_kernels import batch_norm_map_kernel, batch_norm_merge_kernel, batch_norm_sums_kernel
+from .batch_norm_kernels import (
+    batch_norm_map_kernel,
+    batch_norm_merge_kernel,
+    batch_norm_sums_kernel,
+    batch_norm_table_kernel,
+    batch_norm_update_kernel,
+)
 from .bn_relu_pool_kernels import bn_relu_sum_parts_kernel
 from .launch import Device, Launch, device_of, run_all
-from .operands import Norm, chunk_argument, map_argument, pixel_multiple
+from .operands import chunk_argument, map_argument, pixel_multiple
 from .pyramid_pool import layout_examples
 from .tiles import NORM_MAP_BLOCKS, NormTile, norm_split_pixels, norm_tile
 
 _MERGE_PARTS, _MERGE_CHANNELS, _MERGE_WARPS = 32, 64, 4
+_TABLE_CHANNELS, _TABLE_WARPS = 128, 4
 
 
-def batch_norm_statistics(y: Tensor, statistics: Tensor) -> None:
-    run_all(plan_statistics(y, statistics, device_of(y)), y)
+def batch_norm_moments(y: Tensor, moments: Tensor) -> None:
+    run_all(plan_moments(y, moments, device_of(y)), y)
 
 
-def batch_norm_apply(
-    y: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    channel_scale: Tensor | None,
-    relu: bool,
-    out: Tensor,
+def batch_norm_table(
+    y: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, table: Tensor
 ) -> None:
-    norm = Norm(mean, invstd, weight, bias)
+    run_all(plan_table(mean, var, weight, bias, eps, table), y)
+
+
+def batch_norm_update(
+    y: Tensor,
+    moments: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    conv_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    count: Tensor | None,
+    eps: float,
+    momentum: float | None,
+    calls: int,
+    table: Tensor,
+) -> None:
+    dense_mean, dense_var = _contiguous(running_mean), _contiguous(running_var)
+    update = Update(table, _contiguous(weight), _contiguous(bias), _contiguous(conv_bias), dense_mean, dense_var, count)
+    run_all(plan_update(y, moments, update, eps, momentum, calls, device_of(y)), y)
+    for running, dense in ((running_mean, dense_mean), (running_var, dense_var)):
+        if running is not None and dense is not None and dense is not running:
+            running.copy_(dense)
+
+
+def batch_norm_apply(y: Tensor, norm: Tensor, channel_scale: Tensor | None, relu: bool, out: Tensor) -> None:
     run_all(plan_map(y, None, norm, channel_scale, None, relu, out), y)
 
 
 def batch_norm_bwd_sums(
-    grad_out: Tensor,
-    y: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    channel_scale: Tensor | None,
-    relu: bool,
-    sums: Tensor,
+    grad_out: Tensor, y: Tensor, norm: Tensor, channel_scale: Tensor | None, relu: bool, sums: Tensor
 ) -> None:
-    norm = Norm(mean, invstd, weight, bias)
     run_all(plan_sums(y, grad_out, norm, channel_scale, relu, sums, device_of(y)), y)
 
 
 def batch_norm_bwd_input(
     grad_out: Tensor,
     y: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    norm: Tensor,
     channel_scale: Tensor | None,
     relu: bool,
     mean_sums: Tensor | None,
     dy: Tensor,
 ) -> None:
-    norm = Norm(mean, invstd, weight, bias)
     run_all(plan_map(y, grad_out, norm, channel_scale, mean_sums, relu, dy), y)
+
+
+class Update(NamedTuple):
+    """The table (4, C) that a kernel writes, and the module's vectors (C) and count that it reads and moves."""
+
+    table: Any
+    weight: Any
+    bias: Any
+    conv_bias: Any
+    running_mean: Any
+    running_var: Any
+    count: Any
 
 
 def plan_map(
     y: Tensor,
     grad: Tensor | None,
-    norm: Norm,
+    norm: Tensor,
     channel_scale: Tensor | None,
     mean_sums: Tensor | None,
     relu: bool,
@@ -82,7 +106,7 @@ def plan_map(
     split_pixels = NORM_MAP_BLOCKS * tile.pixels
     programs, arguments = _walk(y, grad, out, tile, split_pixels)
     arguments |= {
-        "norm": _dense(norm),
+        "norm_ptr": _contiguous(norm),
         "factor_ptr": _contiguous(channel_scale),
         "means_ptr": _contiguous(mean_sums),
         "relu": int(relu),
@@ -94,16 +118,77 @@ def plan_map(
     )
 
 
-def plan_statistics(y: Tensor, statistics: Tensor, device: Device) -> list[Launch]:
-    """statistics = mean and biased variance."""
+def plan_moments(y: Tensor, moments: Tensor, device: Device) -> list[Launch]:
+    """moments (3, C) of y: count, mean and Σ (y − mean)²."""
     if y.numel() == 0:
-        statistics.fill_(torch.nan)
+        moments.zero_()
         return []
+    nothing = Update(*(None,) * len(Update._fields))
+    return _plan_merge(y, moments, nothing, 0.0, 0.0, 0, device)
+
+
+def plan_update(
+    y: Tensor, moments: Tensor | None, update: Update, eps: float, momentum: float | None, calls: int, device: Device
+) -> list[Launch]:
+    """The norm of y, or of given moments, and what ``calls`` calls of it make of the running statistics."""
+    if moments is None and y.numel() == 0:
+        moments = y.new_zeros((3, y.shape[1]), dtype=torch.float64)
+    if moments is None:
+        return _plan_merge(y, None, update, eps, momentum, calls, device)
+    arguments = {
+        "moments_ptr": moments.contiguous(),
+        "update": update,
+        "n_channels": y.shape[1],
+        "BLOCK_CHANNELS": _TABLE_CHANNELS,
+        **_update_arguments(update, eps, momentum, calls),
+    }
+    programs = _update_programs(update, momentum, y.shape[1], _TABLE_CHANNELS)
+    return [Launch(batch_norm_update_kernel, (programs,), arguments, _TABLE_WARPS, 1)]
+
+
+def plan_table(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, table: Tensor
+) -> list[Launch]:
+    """The table of given statistics."""
+    arguments = {
+        "mean_ptr": mean.contiguous(),
+        "var_ptr": var.contiguous(),
+        "weight_ptr": _contiguous(weight),
+        "bias_ptr": _contiguous(bias),
+        "table_ptr": table,
+        "n_channels": table.shape[1],
+        "eps": float(eps),
+        "BLOCK_CHANNELS": _TABLE_CHANNELS,
+    }
+    return [Launch(batch_norm_table_kernel, (-(-table.shape[1] // _TABLE_CHANNELS),), arguments, _TABLE_WARPS, 1)]
+
+
+def _update_arguments(update: Update, eps: float, momentum: float | None, calls: int) -> dict[str, Any]:
+    averages = momentum is None and update.count is not None  # over the count; without one PyTorch moves nothing
+    return {"eps": float(eps), "momentum": None if averages else float(momentum or 0.0), "calls": calls}
+
+
+def _update_programs(update: Update, momentum: float | None, channels: int, block: int) -> int:
+    """One where the running statistics depend on the count, which one program moves; else one per block."""
+    return 1 if momentum is None and update.count is not None else -(-channels // block)
+
+
+def _plan_merge(
+    y: Tensor,
+    moments: Tensor | None,
+    update: Update,
+    eps: float,
+    momentum: float | None,
+    calls: int,
+    device: Device,
+) -> list[Launch]:
+    """A pass over y, then one over its parts that writes ``moments`` or, where there are none, the norm."""
     launch, parts, split_pixels = _plan_sums(y, None, None, None, False, 3, device)
     pixels, channels = y.shape[2] * y.shape[3], y.shape[1]
     arguments = {
         "partial_ptr": launch.arguments["partial_ptr"],
-        "statistics_ptr": statistics,
+        "moments_ptr": moments,
+        "update": update,
         "parts": parts,
         "splits": parts // y.shape[0],
         "n_pixels": pixels,
@@ -111,13 +196,14 @@ def plan_statistics(y: Tensor, statistics: Tensor, device: Device) -> list[Launc
         "n_channels": channels,
         "BLOCK_PARTS": _MERGE_PARTS,
         "BLOCK_CHANNELS": _MERGE_CHANNELS,
+        **_update_arguments(update, eps, momentum, calls),
     }
-    merge = Launch(batch_norm_merge_kernel, (-(-channels // _MERGE_CHANNELS),), arguments, _MERGE_WARPS, 1)
-    return [launch, merge]
+    programs = _update_programs(update, momentum, channels, _MERGE_CHANNELS)
+    return [launch, Launch(batch_norm_merge_kernel, (programs,), arguments, _MERGE_WARPS, 1)]
 
 
 def plan_sums(
-    y: Tensor, grad: Tensor, norm: Norm, channel_scale: Tensor | None, relu: bool, sums: Tensor, device: Device
+    y: Tensor, grad: Tensor, norm: Tensor, channel_scale: Tensor | None, relu: bool, sums: Tensor, device: Device
 ) -> list[Launch]:
     """sums = (Σ g, Σ g·ŷ)."""
     if y.numel() == 0:
@@ -139,7 +225,7 @@ def plan_sums(
 def _plan_sums(
     y: Tensor,
     grad: Tensor | None,
-    norm: Norm | None,
+    norm: Tensor | None,
     channel_scale: Tensor | None,
     relu: bool,
     rows: int,
@@ -153,7 +239,7 @@ def _plan_sums(
     parts = batch * -(-height * width // split_pixels)
     programs, arguments = _walk(y, grad, None, tile, split_pixels)
     arguments |= {
-        "norm": None if norm is None else _dense(norm),
+        "norm_ptr": _contiguous(norm),
         "factor_ptr": _contiguous(channel_scale),
         "partial_ptr": y.new_empty((parts, rows, channels), dtype=torch.float32),
         "relu": int(relu),
@@ -187,10 +273,6 @@ def _walk(
     return batch * -(-channels // tile.channels) * -(-height * width // split_pixels), arguments
 
 
-def _dense(norm: Norm) -> Norm:
-    return Norm(*(vector.contiguous() for vector in norm))
-
-
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
@@ -200,9 +282,10 @@ def launch_variants(device: Device) -> Iterator[tuple[str, str, Launch]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for name, y in layout_examples(dtype):
             dense = empty_map(y, tuple(y.shape), name.startswith("channels_last"))  # type: ignore[arg-type]
-            norm = Norm(*(y.new_empty(y.shape[1], dtype=torch.float32) for _ in Norm._fields))
-            rows = y.new_empty((2, y.shape[1]), dtype=torch.float32)
-            launches = plan_statistics(y, rows, device)
+            channels = y.shape[1]
+            norm = y.new_empty((4, channels), dtype=torch.float32)
+            rows = y.new_empty((2, channels), dtype=torch.float32)
+            launches = _norm_variants(y, norm, device)
             for factor in (y.new_empty(y.shape[:2], dtype=torch.float32), None):
                 launches += plan_map(y, None, norm, factor, None, True, dense)
                 launches += plan_sums(y, dense, norm, factor, True, rows, device)
@@ -210,3 +293,15 @@ def launch_variants(device: Device) -> Iterator[tuple[str, str, Launch]]:
                     launches += plan_map(y, dense, norm, factor, means, True, dense)
             for launch in launches:
                 yield str(dtype).removeprefix("torch."), name, launch
+
+
+def _norm_variants(y: Tensor, table: Tensor, device: Device) -> list[Launch]:
+    """Norms of the published blocks in training, with and without a convolution's bias, and in evaluation."""
+    vector, count = table[0], y.new_empty((), dtype=torch.int64)
+    moments = y.new_empty((3, y.shape[1]), dtype=torch.float64)
+    launches = [*plan_moments(y, moments, device), *plan_table(vector, vector, vector, vector, 1e-5, table)]
+    for conv_bias in (vector, None):
+        update = Update(table, vector, vector, conv_bias, vector, vector, count)
+        for given in (None, moments):
+            launches += plan_update(y, given, update, 1e-5, 0.1, 1, device)
+    return launches

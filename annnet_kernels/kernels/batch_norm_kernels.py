@@ -1,7 +1,8 @@
-"""Triton kernels of the normalising tail: statistics, forward, sums and gradient. B batch, C channels, N pixels.
+"""Triton kernels of norms and the normalising tail: moments, tables, forward, sums and gradient.
 
-A program owns a chunk of the channels of one image and a split of its pixels, which it walks in blocks. The vectors of
-its channels are read once. Parts are summed by a second kernel in a fixed order, without atomics.
+B batch, C channels, N pixels. A norm is a table (4, C): mean, invstd, weight, bias. A program owns a chunk of the
+channels of one image and a split of its pixels, which it walks in blocks. The vectors of its channels are read once.
+Parts are summed by a second kernel in a fixed order, without atomics.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .operands import load_map, pixel_pointers, store_map
+from .operands import load_map, load_norm, pixel_pointers, store_map
 
 _SIZES = ["pixel_groups", "width", "split_pixels", "relu"]
 
@@ -58,7 +59,7 @@ def _gradient_of_normalised(z, grad, factor, relu):
 def batch_norm_map_kernel(
     y,
     grad,
-    norm,
+    norm_ptr,
     factor_ptr,
     means_ptr,
     out,
@@ -73,17 +74,15 @@ def batch_norm_map_kernel(
 ):
     """out = factor · act(z), or the gradient of y where ``grad`` is given.
 
-    Grid: (B · ⌈C / chunk⌉ · ⌈N / split_pixels⌉,). y, grad, out (B, C, H, W) by strides, factor (B, C), means (2, C):
-    Σ g / n and Σ g·ŷ / n, None for frozen statistics.
+    Grid: (B · ⌈C / chunk⌉ · ⌈N / split_pixels⌉,). y, grad, out (B, C, H, W) by strides, norm (4, C), factor (B, C),
+    means (2, C): Σ g / n and Σ g·ŷ / n, None for frozen statistics.
     """
     n_pixels = pixel_groups * PIXEL_MULTIPLE
     batch, channel, split, _ = _own_split(y.channels, n_pixels, split_pixels, chunk, CHANNELS_INNER)
     channels = channel + tl.arange(0, chunk.size)
     exists = channels < y.channels
-    mean = _load_vector(norm.mean, channels, exists)
-    invstd = _load_vector(norm.invstd, channels, exists)
-    scale = invstd * _load_vector(norm.weight, channels, exists)
-    bias = _load_vector(norm.bias, channels, exists)
+    mean, invstd, weight, bias = load_norm(norm_ptr, y.channels, channels, 0)
+    scale = invstd * weight
     factor = _load_factor(factor_ptr, batch, y.channels, channels, exists)
     if means_ptr is not None:
         offset = _load_vector(means_ptr, channels, exists)
@@ -118,7 +117,7 @@ def _sum_over_pixels(values):
 def batch_norm_sums_kernel(
     y,
     grad,
-    norm,
+    norm_ptr,
     factor_ptr,
     partial_ptr,
     pixel_groups,
@@ -147,10 +146,8 @@ def batch_norm_sums_kernel(
         partial += y.channels
         mean = shift[None, :]
     else:
-        mean = _load_vector(norm.mean, channels, exists)
-        invstd = _load_vector(norm.invstd, channels, exists)
-        scale = invstd * _load_vector(norm.weight, channels, exists)
-        bias = _load_vector(norm.bias, channels, exists)
+        mean, invstd, weight, bias = load_norm(norm_ptr, y.channels, channels, 0)
+        scale = invstd * weight
         factor = _load_factor(factor_ptr, batch, y.channels, channels, exists)
 
     sums = tl.zeros((BLOCK_PIXELS, chunk.size), tl.float32)
@@ -189,43 +186,136 @@ def _shift_of_block(y, batch, first, n_pixels, width, channel, chunk, BLOCK_PIXE
     return tl.where(shift - shift == 0.0, shift, 0.0)
 
 
-@triton.jit(do_not_specialize=["splits", "n_pixels", "split_pixels", "n_channels", "parts"])
+@triton.jit(do_not_specialize=["splits", "n_pixels", "split_pixels", "n_channels", "parts", "calls"])
 def batch_norm_merge_kernel(
     partial_ptr,
-    statistics_ptr,
+    moments_ptr,
+    update,
     parts,
     splits,
     n_pixels,
     split_pixels,
     n_channels,
+    eps,
+    momentum,
+    calls,
     BLOCK_PARTS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """statistics (2, C) = mean and biased variance from the parts (parts, 3, C), in float64 and in a fixed order.
+    """Merge parts (parts, 3, C), in float64 and in a fixed order, into moments (3, C), or into a norm.
 
-    Grid: (⌈C / BLOCK_CHANNELS⌉,).
+    Grid: (programs,); a program takes every ``programs``-th block of channels.
     """
-    channels = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     total = (parts // splits).to(tl.float64) * n_pixels
-    sums = tl.zeros((BLOCK_PARTS, BLOCK_CHANNELS), tl.float64)
-    for first in range(0, parts, BLOCK_PARTS):
-        count, shift, shifted, _ = _load_parts(
-            partial_ptr, first, parts, splits, n_pixels, split_pixels, channels, n_channels, BLOCK_PARTS
-        )
-        sums += count * shift + shifted
-    mean = tl.sum(sums, 0) / total
-    moments = tl.zeros((BLOCK_PARTS, BLOCK_CHANNELS), tl.float64)
-    for first in range(0, parts, BLOCK_PARTS):
-        count, shift, shifted, squares = _load_parts(
-            partial_ptr, first, parts, splits, n_pixels, split_pixels, channels, n_channels, BLOCK_PARTS
-        )
-        rest = shifted / tl.maximum(count, 1.0)
-        distance = tl.where(count > 0.0, shift + rest - mean[None, :], 0.0)
-        moments += squares - shifted * rest + count * distance * distance
-    var = tl.sum(moments, 0) / total
+    for first_channel in range(tl.program_id(0) * BLOCK_CHANNELS, n_channels, tl.num_programs(0) * BLOCK_CHANNELS):
+        channels = first_channel + tl.arange(0, BLOCK_CHANNELS)
+        sums = tl.zeros((BLOCK_PARTS, BLOCK_CHANNELS), tl.float64)
+        for first in range(0, parts, BLOCK_PARTS):
+            count, shift, shifted, _ = _load_parts(
+                partial_ptr, first, parts, splits, n_pixels, split_pixels, channels, n_channels, BLOCK_PARTS
+            )
+            sums += count * shift + shifted
+        mean = tl.sum(sums, 0) / total
+        squares = tl.zeros((BLOCK_PARTS, BLOCK_CHANNELS), tl.float64)
+        for first in range(0, parts, BLOCK_PARTS):
+            count, shift, shifted, part_squares = _load_parts(
+                partial_ptr, first, parts, splits, n_pixels, split_pixels, channels, n_channels, BLOCK_PARTS
+            )
+            rest = shifted / tl.maximum(count, 1.0)
+            distance = tl.where(count > 0.0, shift + rest - mean[None, :], 0.0)
+            squares += part_squares - shifted * rest + count * distance * distance
+        deviation = tl.sum(squares, 0)
+        deviation = tl.where(deviation < 0.0, 0.0, deviation)
+        if moments_ptr is not None:
+            exists = channels < n_channels
+            tl.store(moments_ptr + channels, tl.zeros_like(mean) + total, mask=exists)
+            tl.store(moments_ptr + n_channels + channels, mean, mask=exists)
+            tl.store(moments_ptr + 2 * n_channels + channels, deviation, mask=exists)
+        else:
+            _update_norm(update, total, mean, deviation, channels, n_channels, eps, momentum, calls)
+    if moments_ptr is None:
+        _update_count(update, calls)
+
+
+@triton.jit(do_not_specialize=["n_channels", "calls"])
+def batch_norm_update_kernel(moments_ptr, update, n_channels, eps, momentum, calls, BLOCK_CHANNELS: tl.constexpr):
+    """The norm of given moments (3, C). Grid: (programs,); a program takes every ``programs``-th block of channels."""
+    for first_channel in range(tl.program_id(0) * BLOCK_CHANNELS, n_channels, tl.num_programs(0) * BLOCK_CHANNELS):
+        channels = first_channel + tl.arange(0, BLOCK_CHANNELS)
+        exists = channels < n_channels
+        count = tl.load(moments_ptr + channels, mask=exists, other=1.0)
+        mean = tl.load(moments_ptr + n_channels + channels, mask=exists, other=0.0)
+        deviation = tl.load(moments_ptr + 2 * n_channels + channels, mask=exists, other=0.0)
+        _update_norm(update, count, mean, deviation, channels, n_channels, eps, momentum, calls)
+    _update_count(update, calls)
+
+
+@triton.jit(do_not_specialize=["n_channels"])
+def batch_norm_table_kernel(
+    mean_ptr, var_ptr, weight_ptr, bias_ptr, table_ptr, n_channels, eps, BLOCK_CHANNELS: tl.constexpr
+):
+    """The table (4, C) of given statistics (C). Grid: (⌈C / BLOCK_CHANNELS⌉,)."""
+    channels = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     exists = channels < n_channels
-    tl.store(statistics_ptr + channels, mean.to(tl.float32), mask=exists)
-    tl.store(statistics_ptr + n_channels + channels, tl.where(var < 0.0, 0.0, var).to(tl.float32), mask=exists)
+    mean = tl.load(mean_ptr + channels, mask=exists, other=0.0)
+    var = tl.load(var_ptr + channels, mask=exists, other=1.0)
+    _store_table(table_ptr, mean, var, weight_ptr, bias_ptr, channels, n_channels, eps)
+
+
+@triton.jit
+def _store_table(table_ptr, mean, var, weight_ptr, bias_ptr, channels, n_channels, eps):
+    """Mean, invstd, weight (1 where there is none) and bias (0 where there is none) of these channels."""
+    exists = channels < n_channels
+    invstd = 1.0 / tl.sqrt(var.to(tl.float64) + eps)
+    tl.store(table_ptr + channels, mean.to(tl.float32), mask=exists)
+    tl.store(table_ptr + n_channels + channels, invstd.to(tl.float32), mask=exists)
+    if weight_ptr is None:
+        weight = tl.full(channels.shape, 1.0, tl.float32)
+    else:
+        weight = tl.load(weight_ptr + channels, mask=exists, other=0.0).to(tl.float32)
+    tl.store(table_ptr + 2 * n_channels + channels, weight, mask=exists)
+    if bias_ptr is None:
+        bias = tl.zeros(channels.shape, tl.float32)
+    else:
+        bias = tl.load(bias_ptr + channels, mask=exists, other=0.0).to(tl.float32)
+    tl.store(table_ptr + 3 * n_channels + channels, bias, mask=exists)
+
+
+@triton.jit
+def _update_norm(update, count, mean, deviation, channels, n_channels, eps, momentum, calls):
+    """Store the table of these channels and what ``calls`` calls of the norm make of their running statistics."""
+    var = deviation / tl.maximum(count, 1.0)
+    _store_table(update.table, mean, var, update.weight, update.bias, channels, n_channels, eps)
+    exists = channels < n_channels
+    if update.running_mean is not None:
+        batch_mean = mean
+        if update.conv_bias is not None:
+            batch_mean += tl.load(update.conv_bias + channels, mask=exists, other=0.0).to(tl.float64)
+        _update_running(update.running_mean, batch_mean, count, update.count, channels, exists, momentum, calls)
+    if update.running_var is not None:
+        unbiased = deviation / (count - 1.0)
+        _update_running(update.running_var, unbiased, count, update.count, channels, exists, momentum, calls)
+
+
+@triton.jit
+def _update_running(running_ptr, statistic, values, count_ptr, channels, exists, momentum, calls):
+    """What ``calls`` calls make of running statistics; a map without values moves nothing."""
+    running = tl.load(running_ptr + channels, mask=exists, other=0.0).to(tl.float64)
+    for call in range(calls):
+        if momentum is None:  # noqa: SIM108 Triton compiles both operands of a conditional expression
+            factor = 1.0 / (tl.load(count_ptr) + call + 1).to(tl.float64)
+        else:
+            factor = momentum
+        running = tl.where(values > 0.0, running + (statistic - running) * factor, running)
+    tl.store(running_ptr + channels, running.to(running_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _update_count(update, calls):
+    """One program counts; where the others would read the count, there are none."""
+    if update.count is not None:  # noqa: SIM102 Triton compiles both operands of "and"
+        if tl.program_id(0) == 0:
+            tl.store(update.count, tl.load(update.count) + calls)
 
 
 @triton.jit

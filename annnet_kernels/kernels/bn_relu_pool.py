@@ -1,4 +1,4 @@
-"""Launches of the pooling of a rectified map and of its backward; see ``bn_relu_pool_kernels``."""
+"""Launches of the gradient of a feature map with a norm; see ``bn_relu_pool_kernels``."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from ..layouts import empty_map, empty_tokens
 from ..pyramid import POOL_SIZES, num_tokens
 from .bn_relu_pool_kernels import bn_relu_bwd_kernel, bn_relu_sum_parts_kernel
 from .launch import Device, Launch, device_of, run_all
-from .operands import Norm
 from .pyramid_pool import (
     LEAST_SPREAD_ROWS,
     layout_examples,
     layout_of,
     levels_argument,
-    norm_arguments,
     parts_of,
     plan_forward,
     stride_arguments,
@@ -29,41 +27,21 @@ from .tiles import pool_tile
 _SUM_PARTS, _SUM_SIZE, _SUM_WARPS = 32, 64, 4
 
 
-def pyramid_pool_bn_relu(
-    y: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    heights: Sequence[int],
-    widths: Sequence[int],
-    tokens: Tensor,
-) -> None:
-    run_all(plan_forward(y, Norm(mean, invstd, weight, bias), heights, widths, tokens, device_of(y)), y)
-
-
 def bn_relu_bwd_sums(
     y: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    norm: Tensor,
     grad_tokens: Tensor | None,
     grad_map: Tensor | None,
     heights: Sequence[int],
     widths: Sequence[int],
     sums: Tensor,
 ) -> None:
-    norm = Norm(mean, invstd, weight, bias)
     run_all(plan_sums(y, norm, grad_tokens, grad_map, heights, widths, sums, device_of(y)), y)
 
 
 def bn_relu_bwd_input(
     y: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    norm: Tensor,
     grad_tokens: Tensor | None,
     grad_map: Tensor | None,
     mean_sums: Tensor | None,
@@ -71,13 +49,12 @@ def bn_relu_bwd_input(
     widths: Sequence[int],
     dy: Tensor,
 ) -> None:
-    norm = Norm(mean, invstd, weight, bias)
     run_all(plan_input(y, norm, grad_tokens, grad_map, mean_sums, heights, widths, dy, device_of(y)), y)
 
 
 def plan_sums(
     y: Tensor,
-    norm: Norm,
+    norm: Tensor,
     grad_tokens: Tensor | None,
     grad_map: Tensor | None,
     heights: Sequence[int],
@@ -102,7 +79,7 @@ def plan_sums(
 
 def plan_input(
     y: Tensor,
-    norm: Norm,
+    norm: Tensor,
     grad_tokens: Tensor | None,
     grad_map: Tensor | None,
     mean_sums: Tensor | None,
@@ -118,7 +95,7 @@ def plan_input(
 
 def _plan_pass(
     y: Tensor,
-    norm: Norm,
+    norm: Tensor,
     grad_tokens: Tensor | None,
     grad_map: Tensor | None,
     mean_sums: Tensor | None,
@@ -134,12 +111,12 @@ def _plan_pass(
     count = y.shape[0] * parts.splits * parts.tiles
     arguments = {
         "y_ptr": y,
-        **norm_arguments(norm),
+        "norm_ptr": norm.contiguous(),
         "grad_ptr": grad_tokens,
         "map_ptr": grad_map,
         "mean_sums_ptr": mean_sums,
         "dy_ptr": dy,
-        "partial_ptr": norm.mean.new_empty((count, 2, y.shape[1])) if dy is None else None,
+        "partial_ptr": norm.new_empty((count, 2, y.shape[1])) if dy is None else None,
         **parts.sizes,
         **stride_arguments("y", y),
         **token_arguments(grad_tokens, layout),
@@ -160,7 +137,7 @@ def launch_variants(device: Device) -> Iterator[tuple[str, str, Launch]]:
             batch, channels, height, width = y.shape
             dense = empty_map(y, (batch, channels, height, width), name.startswith("channels_last"))
             tokens = empty_tokens(y, batch, channels, num_tokens(POOL_SIZES, POOL_SIZES))
-            norm = Norm(*(y.new_empty(channels, dtype=torch.float32) for _ in Norm._fields))
+            norm = y.new_empty((4, channels), dtype=torch.float32)
             sums = y.new_empty((2, channels), dtype=torch.float32)
             launches = plan_forward(y, norm, POOL_SIZES, POOL_SIZES, tokens, device)
             for grad_tokens, grad_map in ((tokens, dense), (tokens, None), (None, dense)):

@@ -8,11 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .operands import load_norm
 from .pool_spread_kernels import pass_edge, start_walk
 from .pool_walk import (
-    NORM,
     first_rows,
-    load_vectors,
     next_row,
     own_part,
     part_mask,
@@ -23,16 +22,13 @@ from .pool_walk import (
     store_row,
 )
 
-_POINTERS = ["y_ptr", *NORM, "grad_ptr", "map_ptr", "mean_sums_ptr", "dy_ptr", "partial_ptr"]
+_POINTERS = ["y_ptr", "norm_ptr", "grad_ptr", "map_ptr", "mean_sums_ptr", "dy_ptr", "partial_ptr"]
 
 
 @triton.jit(do_not_specialize=run_time("y", "grad", "map", "dy"), do_not_specialize_on_alignment=_POINTERS)
 def bn_relu_bwd_kernel(
     y_ptr,
-    mean_ptr,
-    invstd_ptr,
-    weight_ptr,
-    bias_ptr,
+    norm_ptr,
     grad_ptr,
     map_ptr,
     mean_sums_ptr,
@@ -69,8 +65,9 @@ def bn_relu_bwd_kernel(
 ):
     """With g = [z lets pass] · (map + spread tokens): Σ g and Σ g·ŷ of a part, or dy = weight · invstd · (g − …).
 
-    Grid: (B · ⌈C / BLOCK_CHANNELS⌉ · splits · tiles,). ``dy_ptr`` is None: a part's sums go to partial (parts, 2, C).
-    Otherwise dy (B, C, H, W) = weight · invstd · (g − mean_sums[0] − ŷ · mean_sums[1]), mean_sums (2, C) if given.
+    Grid: (B · ⌈C / BLOCK_CHANNELS⌉ · splits · tiles,). norm is a table (4, C). ``dy_ptr`` is None: a part's sums go to
+    partial (parts, 2, C). Otherwise dy (B, C, H, W) = weight · invstd · (g − mean_sums[0] − ŷ · mean_sums[1]), with
+    mean_sums (2, C) if given.
     """
     batch, first_channel, tile, split = own_part(
         n_channels, height, width, tile_columns, split_rows, INNER, BLOCK_CHANNELS
@@ -85,7 +82,7 @@ def bn_relu_bwd_kernel(
 
     y_offsets = part_offsets(y_channel_stride, y_column_stride, INNER, BLOCK_CHANNELS, BLOCK_COLUMNS)
     mask = part_mask(channels, columns, n_channels, right, INNER, VECTOR)
-    mean, invstd, weight, bias = load_vectors(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, n_channels)
+    mean, invstd, weight, bias = load_norm(norm_ptr, n_channels, channels, 1)
     rows = bottom - top
     y_origin = y_ptr + part_origin(
         batch, first_channel, top, left, y_batch_stride, y_channel_stride, y_row_stride, y_column_stride, INNER

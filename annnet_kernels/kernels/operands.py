@@ -40,15 +40,6 @@ class Tokens(NamedTuple):
     token_stride: Any
 
 
-class Norm(NamedTuple):
-    """Vectors (C,) that make relu((y − mean) · invstd · weight + bias) of a raw map y as it is loaded."""
-
-    mean: Any
-    invstd: Any
-    weight: Any
-    bias: Any
-
-
 class Chunk(NamedTuple):
     """How channels are walked, constexpr: ``size`` at a time, ``masked`` where that does not divide their count."""
 
@@ -115,8 +106,22 @@ def _map_tile(map, pixels, inside, first, chunk):
 
 
 @triton.jit
+def load_norm(norm_ptr, n_channels, channels, AXIS: tl.constexpr):
+    """Mean, invstd, weight and bias of these channels from a table (4, C), with a dimension inserted at ``AXIS``."""
+    exists = channels < n_channels
+    mean = tl.load(norm_ptr + channels, mask=exists, other=0.0)
+    invstd = tl.load(norm_ptr + n_channels + channels, mask=exists, other=0.0)
+    weight = tl.load(norm_ptr + 2 * n_channels + channels, mask=exists, other=0.0)
+    bias = tl.load(norm_ptr + 3 * n_channels + channels, mask=exists, other=0.0)
+    return (
+        tl.expand_dims(mean, AXIS), tl.expand_dims(invstd, AXIS), tl.expand_dims(weight, AXIS),
+        tl.expand_dims(bias, AXIS),
+    )  # fmt: skip
+
+
+@triton.jit
 def load_map(map, norm, pixels, inside, first, chunk):
-    """(pixels, chunk) from channel ``first`` on, zero outside; normalised and rectified where ``norm`` is given.
+    """(pixels, chunk) from channel ``first`` on, zero outside; with ``norm``, a table (4, C), relu(bn) of them.
 
     ``pixels`` are the map's pixel pointers, ``inside`` says which of them exist.
     """
@@ -124,12 +129,8 @@ def load_map(map, norm, pixels, inside, first, chunk):
     values = tl.load(pointers, mask=mask, other=0.0)
     if norm is not None:
         channels = first + tl.arange(0, chunk.size)
-        exists = channels < map.channels
-        mean = tl.load(norm.mean + channels, mask=exists, other=0.0)
-        invstd = tl.load(norm.invstd + channels, mask=exists, other=0.0)
-        weight = tl.load(norm.weight + channels, mask=exists, other=0.0)
-        bias = tl.load(norm.bias + channels, mask=exists, other=0.0)
-        normal = (values.to(tl.float32) - mean[None, :]) * invstd[None, :] * weight[None, :] + bias[None, :]
+        mean, invstd, weight, bias = load_norm(norm, map.channels, channels, 0)
+        normal = (values.to(tl.float32) - mean) * invstd * weight + bias
         # Not maximum(normal, 0), which turns NaN into 0.
         values = tl.where(normal < 0.0, 0.0, normal).to(values.dtype)
     return values

@@ -20,12 +20,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .operands import load_norm
 from .pool_walk import (
-    NORM,
     bin_edges,
     bins_between,
     first_rows,
-    load_vectors,
     next_row,
     own_part,
     part_mask,
@@ -36,7 +35,7 @@ from .pool_walk import (
     store_channels,
 )
 
-_POINTERS = ["x_ptr", *NORM, "out_ptr", "partial_ptr"]
+_POINTERS = ["x_ptr", "norm_ptr", "out_ptr", "partial_ptr"]
 
 
 @triton.jit
@@ -110,10 +109,7 @@ def _write_row_bin(
 @triton.jit(do_not_specialize=[*run_time("x"), "transposed"], do_not_specialize_on_alignment=_POINTERS)
 def pyramid_pool_fwd_kernel(
     x_ptr,
-    mean_ptr,
-    invstd_ptr,
-    weight_ptr,
-    bias_ptr,
+    norm_ptr,
     out_ptr,
     partial_ptr,
     n_channels,
@@ -134,7 +130,7 @@ def pyramid_pool_fwd_kernel(
     ROWS_AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Every token of x, or of relu((x − mean) · invstd · weight + bias) where the vectors (C,) are given.
+    """Every token of x, or of relu((x − mean) · invstd · weight + bias) where their table, norm (4, C), is given.
 
     Grid: (B · ⌈C / BLOCK_CHANNELS⌉ · R · K,). x (B, C, H, W) by strides, out (B, T, C), partial (B, slots, C) float32.
     ``transposed``: x comes with rows and columns exchanged, ``LEVELS`` too, but tokens are numbered as ever.
@@ -168,8 +164,8 @@ def pyramid_pool_fwd_kernel(
 
     offsets = part_offsets(x_channel_stride, x_column_stride, INNER, BLOCK_CHANNELS, BLOCK_COLUMNS)
     mask = part_mask(channels, columns, n_channels, right, INNER, VECTOR)
-    if mean_ptr is not None:
-        mean, invstd, weight, bias = load_vectors(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, n_channels)
+    if norm_ptr is not None:
+        mean, invstd, weight, bias = load_norm(norm_ptr, n_channels, channels, 1)
     origin = x_ptr + part_origin(
         batch, first_channel, top, left, x_batch_stride, x_channel_stride, x_row_stride, x_column_stride, INNER
     )
@@ -178,7 +174,7 @@ def pyramid_pool_fwd_kernel(
         values, ahead = next_row(
             ahead, origin, x_row_stride, offsets, mask, r - top, bottom - top, INNER, VECTOR, ROWS_AHEAD
         )
-        if mean_ptr is not None:
+        if norm_ptr is not None:
             values = tl.where(mask, rectified(values, mean, invstd, weight, bias), 0.0)
 
         segment += values

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 SIZES = ("n_channels", "height", "width", "tile_columns", "split_rows")
-NORM = ("mean_ptr", "invstd_ptr", "weight_ptr", "bias_ptr")
 
 
 def run_time(*names: str) -> list[str]:
@@ -163,17 +162,6 @@ def next_row(
         later = k + ROWS_AHEAD
         new = load_row(origin + row_offset(later, row_stride), offsets, mask & (later < rows), INNER, VECTOR)
         return ahead[0].to(tl.float32), ahead[1:] + (new,)  # noqa: RUF005 Triton has no unpacking
-
-
-@triton.jit
-def load_vectors(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, n_channels):
-    """Mean, 1/σ, weight and bias of these channels, as columns."""
-    exists = channels < n_channels
-    mean = tl.load(mean_ptr + channels, mask=exists, other=0.0)
-    invstd = tl.load(invstd_ptr + channels, mask=exists, other=0.0)
-    weight = tl.load(weight_ptr + channels, mask=exists, other=0.0)
-    bias = tl.load(bias_ptr + channels, mask=exists, other=0.0)
-    return mean[:, None], invstd[:, None], weight[:, None], bias[:, None]
 
 
 @triton.jit

@@ -11,10 +11,8 @@ from torch import Tensor
 from ..layouts import empty_map, empty_tokens
 from ..pyramid import POOL_SIZES, num_tokens
 from .launch import Device, Launch, device_of, run_all
-from .operands import Norm
 from .pool_kernels import pyramid_pool_combine_kernel, pyramid_pool_fwd_kernel
 from .pool_spread_kernels import pyramid_pool_bwd_kernel
-from .pool_walk import NORM
 from .tiles import PoolTile, least_pool_rows, pool_cut_cost, pool_split_rows, pool_tile, pool_tile_columns
 
 _COMBINE_CHANNELS, _COMBINE_WARPS = 128, 1
@@ -22,8 +20,8 @@ LEAST_SPREAD_ROWS = 16
 """Rows of a split that only writes: it has no partial sums, but makes the gradient of its first bins anew."""
 
 
-def pyramid_pool(x: Tensor, heights: Sequence[int], widths: Sequence[int], out: Tensor) -> None:
-    run_all(plan_forward(x, None, heights, widths, out, device_of(x)), x)
+def pyramid_pool(x: Tensor, norm: Tensor | None, heights: Sequence[int], widths: Sequence[int], out: Tensor) -> None:
+    run_all(plan_forward(x, norm, heights, widths, out, device_of(x)), x)
 
 
 def pyramid_pool_bwd(
@@ -112,11 +110,6 @@ def stride_arguments(name: str, x: Tensor | None) -> dict[str, int]:
     return {f"{name}_{d}_stride": s for d, s in zip(("batch", "channel", "row", "column"), strides, strict=True)}
 
 
-def norm_arguments(norm: Norm | None) -> dict[str, Any]:
-    """The prologue's vectors by the kernels' parameter names, None where there is no prologue."""
-    return dict(zip(NORM, (None,) * len(NORM) if norm is None else norm, strict=True))
-
-
 def tile_arguments(layout: Layout, tile: PoolTile) -> dict[str, Any]:
     """What a walk's compiled variant depends on."""
     return {
@@ -128,7 +121,7 @@ def tile_arguments(layout: Layout, tile: PoolTile) -> dict[str, Any]:
 
 
 def plan_forward(
-    x: Tensor, norm: Norm | None, heights: Sequence[int], widths: Sequence[int], out: Tensor, device: Device
+    x: Tensor, norm: Tensor | None, heights: Sequence[int], widths: Sequence[int], out: Tensor, device: Device
 ) -> list[Launch]:
     """out = tokens of x, or of the normalised and rectified x. ``out`` is token-major."""
     if x.shape[0] == 0:
@@ -145,7 +138,7 @@ def plan_forward(
     partial = x.new_empty((x.shape[0], slots, x.shape[1]) if cut else (0,), dtype=torch.float32)
     arguments = {
         "x_ptr": x,
-        **norm_arguments(norm),
+        "norm_ptr": None if norm is None else norm.contiguous(),
         "out_ptr": out,
         "partial_ptr": partial,
         **parts.sizes,

@@ -1,6 +1,6 @@
 """The operators ``annnet::*``: one file each for schema, fake, autograd Function, vmap rule and FLOP formula."""
 
-from . import batch_norm, bn_relu_attention, bn_relu_pool
+from . import batch_norm, bn_relu_pool
 from .asymmetric_attention import AsymmetricAttention
 from .normalized import NormalizedAttention, NormalizedPool, NormalizedTail
 from .pyramid_pool import PyramidPool
@@ -14,6 +14,5 @@ __all__ = [
     "PyramidPool",
     "UpsampledCrossEntropy",
     "batch_norm",
-    "bn_relu_attention",
     "bn_relu_pool",
 ]

@@ -1,15 +1,16 @@
-"""Readers of a normalised map that is never written: pooling, attention and the block's tail.
+"""Readers of a feature map with a norm, which is never finished in memory: pooling, attention and the block's tail.
 
-Each Function takes the raw map y and the vectors of z = (y − mean) · invstd · weight + bias, keeps y, and
-differentiates through batch statistics: one pass over y for their sums, one that writes dy once. ``mean`` and
-``invstd`` get no gradient of their own: what would flow through them is part of dy. ``shift`` is the bias of the
-convolution ahead, which batch statistics cancel; its gradient is zero, not absent, so that optimizers and DDP see it.
+Each Function takes the raw map y and the table of z = (y − mean) · invstd · weight + bias, keeps y, and differentiates
+through batch statistics: one pass over y for their sums, one that writes dy once. The table gets no gradient: what
+would flow through mean and invstd is part of dy, and weight and bias, the parameters in it, get theirs directly.
+``conv_bias`` is the bias of the convolution ahead, which batch statistics cancel; its gradient is zero, not absent, so
+that optimizers and DDP see it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,26 +23,51 @@ from ..tracers import exporting
 Gradients = tuple[Any, ...]
 
 
-def _mean_sums(sums: Tensor, samples: int | Tensor | None, group: Any) -> Tensor | None:
-    """What the backward of batch statistics subtracts; nothing where the statistics were running ones."""
-    if samples is None:
-        return None
-    if group is not None:
-        sums = sums.clone()
-        dist.all_reduce(sums, group=group)
-    return sums / samples
+class Share(NamedTuple):
+    """How many values are behind batch statistics, None where they are frozen, and which processes share them."""
+
+    samples: int | Tensor | None
+    group: Any
+
+    def mean(self, sums: Tensor) -> Tensor | None:
+        """What the backward of batch statistics subtracts; nothing where they are frozen."""
+        if self.samples is None:
+            return None
+        if self.group is not None:
+            sums = sums.clone()
+            dist.all_reduce(sums, group=self.group)
+        return sums / self.samples
 
 
-def _no_gradient(mean: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    """The gradient of ``shift``, zero; None where there is no shift.
+class Levels(NamedTuple):
+    """The pyramid of a pooling."""
 
-    A context keeps the dtype of it alone: compiled autograd loses a tensor that is kept as an attribute.
+    heights: list[int]
+    widths: list[int]
+
+
+class ParameterDtypes(NamedTuple):
+    """Dtypes of what gets a gradient from a norm's reader: weight, bias, and the bias of the convolution ahead.
+
+    A context keeps no more of them: compiled autograd loses a tensor that is kept as an attribute.
     """
-    return None if dtype is None else mean.new_zeros(mean.shape, dtype=dtype)
 
+    weight: torch.dtype | None
+    bias: torch.dtype | None
+    conv_bias: torch.dtype | None
 
-def _dtype_of(shift: Tensor | None) -> torch.dtype | None:
-    return None if shift is None else shift.dtype
+    @classmethod
+    def of(cls, *parameters: Tensor | None) -> ParameterDtypes:
+        """None stays None."""
+        return cls(*(None if parameter is None else parameter.dtype for parameter in parameters))
+
+    def gradients(self, sums: Tensor) -> Gradients:
+        """Of all three, from Σ g and Σ g·ŷ."""
+        return (
+            None if self.weight is None else sums[1].to(self.weight),
+            None if self.bias is None else sums[0].to(self.bias),
+            None if self.conv_bias is None else sums.new_zeros(sums.shape[1], dtype=self.conv_bias),
+        )
 
 
 class NormalizedPool(torch.autograd.Function):
@@ -50,33 +76,29 @@ class NormalizedPool(torch.autograd.Function):
     @staticmethod
     def forward(
         y: Tensor,
-        mean: Tensor,
-        invstd: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        shift: Tensor | None,
-        samples: int | Tensor | None,
-        group: Any,
-        heights: list[int],
-        widths: list[int],
+        table: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        conv_bias: Tensor | None,
+        share: Share,
+        levels: Levels,
         backend: str | None,
     ) -> Tensor:
-        tokens: Tensor = torch.ops.annnet.pyramid_pool_bn_relu(y, mean, invstd, weight, bias, heights, widths)
+        tokens: Tensor = torch.ops.annnet.pyramid_pool(y, table, *levels)
         return tokens
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        y, mean, invstd, weight, bias, shift, ctx.samples, ctx.group, *ctx.constants = inputs
-        ctx.shift = _dtype_of(shift)
-        ctx.save_for_backward(y, mean, invstd, weight, bias)
+        y, table, weight, bias, conv_bias, *ctx.constants = inputs
+        ctx.dtypes = ParameterDtypes.of(weight, bias, conv_bias)
+        ctx.save_for_backward(y, table)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Gradients:
-        saved = ctx.saved_tensors
-        dy, dweight, dbias = _rectified_backward(saved, grad, None, ctx.samples, ctx.group, *ctx.constants)
-        # mean, invstd; samples, group, heights, widths, backend
-        return dy, None, None, dweight, dbias, _no_gradient(saved[1], ctx.shift), None, None, None, None, None
+        y, table = ctx.saved_tensors
+        dy, sums = _map_backward(y, table, grad, None, *ctx.constants)
+        return dy, None, *ctx.dtypes.gradients(sums), None, None, None  # table; share, levels, backend
 
 
 class NormalizedAttention(torch.autograd.Function):
@@ -91,74 +113,64 @@ class NormalizedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         y: Tensor,
-        mean: Tensor,
-        invstd: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        shift: Tensor | None,
+        table: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        conv_bias: Tensor | None,
         key: Tensor | None,
         value: Tensor,
         x: Tensor | None,
         x_weight: Tensor | None,
         constant: Tensor | None,
-        samples: int | Tensor | None,
-        group: Any,
-        scale: float,
-        heights: list[int],
-        widths: list[int],
+        share: Share,
+        levels: Levels,
         backend: str | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        vectors = mean, invstd, weight, bias
-        pooled = None if key is not None else torch.ops.annnet.pyramid_pool_bn_relu(y, *vectors, heights, widths)
-        tokens = pooled if key is None else key
-        if x is None or x_weight is None:
-            addend = None if constant is None else constant[:, None, None].expand(y.shape[0], -1, *y.shape[2:])
-        else:
-            addend = F.conv2d(x, x_weight, constant)
+        pooled = None if key is not None else torch.ops.annnet.pyramid_pool(y, table, *levels)
+        operands = y, table, pooled if key is None else key, value
+        scale = y.shape[1] ** -0.5
+        skip = None
+        if x is not None and x_weight is not None:
+            skip = F.conv2d(x, x_weight)
             if not exporting():  # what converts an exported program knows no writing in place
-                logsumexp = torch.ops.annnet.asymmetric_attention_bn_relu_(y, *vectors, tokens, value, addend, scale)
-                return addend, logsumexp, pooled
-        out, logsumexp = torch.ops.annnet.asymmetric_attention_bn_relu(y, *vectors, tokens, value, addend, scale)
+                logsumexp, _ = torch.ops.annnet.asymmetric_attention_(*operands, skip, constant, scale, False)
+                return skip, logsumexp, pooled
+        out, logsumexp, _ = torch.ops.annnet.asymmetric_attention(*operands, skip, constant, scale, False)
         return out, logsumexp, pooled
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        y, mean, invstd, weight, bias, shift, key, value, x, x_weight, _, *constants = inputs
-        ctx.shift = _dtype_of(shift)
-        ctx.samples, ctx.group, ctx.scale, *ctx.constants = constants
+        y, table, weight, bias, conv_bias, key, value, x, x_weight, _, *ctx.constants = inputs
+        ctx.dtypes = ParameterDtypes.of(weight, bias, conv_bias)
         ctx.shared = key is None
         _, logsumexp, pooled = output
         ctx.mark_non_differentiable(*(logsumexp,) if pooled is None else (logsumexp, pooled))
         ctx.set_materialize_grads(False)  # else zeros are made for both
         tokens = key if pooled is None else pooled
-        ctx.save_for_backward(y, mean, invstd, weight, bias, tokens, value, logsumexp, x, x_weight)
+        ctx.save_for_backward(y, table, tokens, value, logsumexp, x, x_weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Gradients:
-        y, mean, invstd, weight, bias, key, value, logsumexp, x, x_weight = ctx.saved_tensors
+        y, table, key, value, logsumexp, x, x_weight = ctx.saved_tensors
         grad = present(grad, y, value)
-        vectors = mean, invstd, weight, bias
-        needs_y = any(ctx.needs_input_grad[i] for i in (0, 3, 4))
-        needs = [needs_y, (ctx.shared and needs_y) or ctx.needs_input_grad[6], ctx.needs_input_grad[7]]
-        dz, dkey, dvalue = torch.ops.annnet.asymmetric_attention_bn_relu_bwd(
-            grad, y, *vectors, key, value, logsumexp, ctx.scale, needs, ctx.constants[-1]
+        needs_y = any(ctx.needs_input_grad[i] for i in (0, 2, 3))
+        needs = [needs_y, (ctx.shared and needs_y) or ctx.needs_input_grad[5], ctx.needs_input_grad[6]]
+        dz, dkey, dvalue = torch.ops.annnet.asymmetric_attention_bwd(
+            grad, y, table, key, value, logsumexp, y.shape[1] ** -0.5, needs, ctx.constants[-1]
         )
-        dy = dweight = dbias = None
+        dy, of_parameters = None, (None, None, None)
         if needs_y:
-            tokens = dkey if ctx.shared else None
-            dy, dweight, dbias = _rectified_backward((y, *vectors), tokens, dz, ctx.samples, ctx.group, *ctx.constants)
+            dy, sums = _map_backward(y, table, dkey if ctx.shared else None, dz, *ctx.constants)
+            of_parameters = ctx.dtypes.gradients(sums)
         return (
             dy,
-            None,  # mean
-            None,  # invstd
-            dweight,
-            dbias,
-            _no_gradient(mean, ctx.shift),
+            None,  # table
+            *of_parameters,
             None if ctx.shared or not needs[1] else dkey,
             dvalue if needs[2] else None,
-            *product_backward(grad, x, x_weight, ctx.needs_input_grad[8:11]),
-            *(None,) * 6,  # samples, group, scale, heights, widths, backend
+            *product_backward(grad, x, x_weight, ctx.needs_input_grad[7:10]),
+            *(None,) * 3,  # share, levels, backend
         )
 
 
@@ -178,22 +190,20 @@ def product_backward(grad: Tensor, x: Tensor | None, weight: Tensor | None, need
     return gradients
 
 
-def _rectified_backward(
-    saved: Sequence[Tensor],
+def _map_backward(
+    y: Tensor,
+    table: Tensor,
     grad_tokens: Tensor | None,
     grad_map: Tensor | None,
-    samples: int | Tensor | None,
-    group: Any,
-    heights: list[int],
-    widths: list[int],
+    share: Share,
+    levels: Levels,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dy, dweight and dbias of relu(z) whose gradient is ``grad_map`` plus the spread ``grad_tokens``."""
+) -> tuple[Tensor, Tensor]:
+    """dy, and Σ g and Σ g·ŷ, where the gradient of relu(z) is ``grad_map`` plus the spread ``grad_tokens``."""
     bwd = torch.ops.annnet
-    sums = bwd.bn_relu_bwd_sums(*saved, grad_tokens, grad_map, heights, widths, backend)
-    mean_sums = _mean_sums(sums, samples, group)
-    dy = bwd.bn_relu_bwd_input(*saved, grad_tokens, grad_map, mean_sums, heights, widths, backend)
-    return dy, sums[1], sums[0]
+    sums = bwd.bn_relu_bwd_sums(y, table, grad_tokens, grad_map, *levels, backend)
+    dy = bwd.bn_relu_bwd_input(y, table, grad_tokens, grad_map, share.mean(sums), *levels, backend)
+    return dy, sums
 
 
 class NormalizedTail(torch.autograd.Function):
@@ -202,32 +212,30 @@ class NormalizedTail(torch.autograd.Function):
     @staticmethod
     def forward(
         y: Tensor,
-        mean: Tensor,
-        invstd: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        shift: Tensor | None,
+        table: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        conv_bias: Tensor | None,
         channel_scale: Tensor | None,
         relu: bool,
-        samples: int | Tensor | None,
-        group: Any,
+        share: Share,
         backend: str | None,
     ) -> Tensor:
-        out: Tensor = torch.ops.annnet.batch_norm_apply(y, mean, invstd, weight, bias, channel_scale, relu)
+        out: Tensor = torch.ops.annnet.batch_norm_apply(y, table, channel_scale, relu)
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        y, mean, invstd, weight, bias, shift, channel_scale, ctx.relu, ctx.samples, ctx.group, ctx.backend = inputs
-        ctx.shift = _dtype_of(shift)
-        ctx.save_for_backward(y, mean, invstd, weight, bias, channel_scale)
+        y, table, weight, bias, conv_bias, channel_scale, ctx.relu, ctx.share, ctx.backend = inputs
+        ctx.dtypes = ParameterDtypes.of(weight, bias, conv_bias)
+        ctx.save_for_backward(y, table, channel_scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Gradients:
         saved = ctx.saved_tensors
         sums = torch.ops.annnet.batch_norm_bwd_sums(grad, *saved, ctx.relu, ctx.backend)
-        mean_sums = _mean_sums(sums, ctx.samples, ctx.group)
-        dy = torch.ops.annnet.batch_norm_bwd_input(grad, *saved, ctx.relu, mean_sums, ctx.backend)
-        # mean, invstd; channel_scale, relu, samples, group, backend
-        return dy, None, None, sums[1], sums[0], _no_gradient(saved[1], ctx.shift), None, None, None, None, None
+        means = ctx.share.mean(sums)
+        dy = torch.ops.annnet.batch_norm_bwd_input(grad, *saved, ctx.relu, means, ctx.backend)
+        # table; channel_scale, relu, share, backend
+        return dy, None, *ctx.dtypes.gradients(sums), None, None, None, None

@@ -1,4 +1,9 @@
-"""annnet::pyramid_pool: every level of the pyramid from one pass over the map, and its gradient."""
+"""annnet::pyramid_pool: every level of the pyramid from one pass over the map, and its gradient.
+
+``norm`` is the table of a :class:`~annnet_kernels.feature_map.FeatureMap`: with it the operator pools
+relu((x − mean) · invstd · weight + bias), which is never written. Only the pooling of plain maps has a derivative here;
+that of maps with a norm is a step of the blocks' own autograd Functions.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +19,10 @@ from ..backends import requested_backend
 from ..layouts import empty_map, empty_tokens, is_channels_last
 from ..pyramid import num_tokens
 from .functions import apply
-from .registration import register
+from .registration import register, shared_by_maps
 
 
-def _allocate(x: Tensor, heights: Sequence[int], widths: Sequence[int]) -> Tensor:
+def _allocate(x: Tensor, norm: Tensor | None, heights: Sequence[int], widths: Sequence[int]) -> Tensor:
     return empty_tokens(x, x.shape[0], x.shape[1], num_tokens(heights, widths))
 
 
@@ -32,9 +37,10 @@ def _allocate_bwd(
     return empty_map(grad, (grad.shape[0], grad.shape[1], map_size[0], map_size[1]), channels_last)
 
 
-def _vmap(info: Any, in_dims: Sequence[int | None], x: Tensor, heights: Sequence[int], widths: Sequence[int]) -> Any:
+def _vmap(info: Any, in_dims: Sequence[int | None], x: Tensor, norm: Tensor | None, *levels: Sequence[int]) -> Any:
+    shared_by_maps("pyramid_pool", norm=in_dims[1])
     batched = x.movedim(in_dims[0], 0)  # type: ignore[arg-type]
-    pooled = torch.ops.annnet.pyramid_pool(batched.flatten(0, 1), heights, widths)
+    pooled = torch.ops.annnet.pyramid_pool(batched.flatten(0, 1), norm, *levels)
     return pooled.unflatten(0, batched.shape[:2]), 0
 
 
@@ -54,7 +60,7 @@ def _flops_bwd(grad_shape: Sequence[int], map_size: Sequence[int], *_: Any, **__
 
 
 _route = register(
-    "pyramid_pool(Tensor x, int[] heights, int[] widths) -> Tensor",
+    "pyramid_pool(Tensor x, Tensor? norm, int[] heights, int[] widths) -> Tensor",
     allocate=_allocate,
     reference=reference.pyramid_pool_out,
     triton_module="pyramid_pool",
@@ -79,7 +85,7 @@ class PyramidPool(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, heights: list[int], widths: list[int], backend: str | None) -> Tensor:
-        pooled: Tensor = torch.ops.annnet.pyramid_pool(x, heights, widths)
+        pooled: Tensor = torch.ops.annnet.pyramid_pool(x, None, heights, widths)
         return pooled
 
     @staticmethod
@@ -123,7 +129,9 @@ class PyramidPoolBackward(torch.autograd.Function):
 
 
 @_route
-def _differentiable(x: Tensor, heights: list[int], widths: list[int]) -> Tensor:
+def _differentiable(x: Tensor, norm: Tensor | None, heights: list[int], widths: list[int]) -> Any:
+    if norm is not None:
+        return NotImplemented
     pooled: Tensor = PyramidPool.apply(x, heights, widths, requested_backend())
     return pooled
 

@@ -37,9 +37,11 @@ def register(
     flops: Callable[..., int] | None = None,
     written: int | None = None,
 ) -> Callable[[Callable[..., Any]], None]:
-    """Define an operator and return a function that gives it the autograd Function to route through.
+    """Define an operator and return a decorator for the function that computes it differentiably.
 
-    An operator that never gets one is a step inside of somebody else's Function: its outputs refuse a backward pass.
+    That function gets the operator's arguments while gradients are recorded, and may return ``NotImplemented``. Then,
+    and for an operator without such a function, the operator is a step inside of somebody else's Function: it runs,
+    and its outputs refuse a backward pass.
 
     Args:
         schema: the operator's schema. One whose last argument is ``str? backend`` follows that request (the backward
@@ -62,6 +64,10 @@ def register(
     LIBRARY.define(schema, tags=_TAGS)
     operator = getattr(getattr(torch.ops, NAMESPACE), operator_name).default
 
+    mutated = [
+        i for i, a in enumerate(operator._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+    ]
+
     def uncast_reference(*arguments: Any) -> None:
         with no_autocast(arguments[0].device.type):  # it says itself what it rounds
             reference(*arguments)
@@ -80,6 +86,9 @@ def register(
             fill = uncast_reference
         filled = outputs if isinstance(outputs, tuple) else () if outputs is None else (outputs,)
         fill(*operands, *(filled if written is None else (operands[written], *filled)))
+        for index in mutated:  # below autograd nothing counts it
+            if operands[index] is not None and not operands[index].is_inference():
+                torch.autograd.graph.increment_version(operands[index])
         return outputs
 
     LIBRARY.impl(operator_name, run, "CompositeExplicitAutograd")
@@ -91,13 +100,14 @@ def register(
     differentiable: Callable[..., Any] | None = None
 
     def autograd(*arguments: Any) -> Any:
-        if _needs_autograd(operator_name, arguments):
-            if differentiable is None:
-                results = _WithoutDerivative.apply(below_autograd, operator_name, written, *arguments)
-                outputs = results if written is None else results[:-1]
-                return outputs if len(outputs) > 1 else outputs[0]
-            return differentiable(*arguments)
-        return below_autograd(*arguments)
+        if not _needs_autograd(operator_name, arguments):
+            return below_autograd(*arguments)
+        outputs = NotImplemented if differentiable is None else differentiable(*arguments)
+        if outputs is NotImplemented:
+            results = _WithoutDerivative.apply(below_autograd, operator_name, written, *arguments)
+            outputs = results if written is None else results[:-1]
+            return outputs if len(outputs) > 1 else outputs[0]
+        return outputs
 
     def below_autograd(*arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -110,6 +120,15 @@ def register(
         differentiable = function
 
     return route_autograd
+
+
+def shared_by_maps(operator_name: str, **dims: int | None) -> None:
+    """Refuse to batch the named operands, which are one for all maps of a call."""
+    for name, dim in dims.items():
+        if dim is not None:
+            raise NotImplementedError(
+                f"torch.ops.{NAMESPACE}.{operator_name}: torch.vmap serves one {name} for all maps, got a batched one"
+            )
 
 
 class _WithoutDerivative(torch.autograd.Function):

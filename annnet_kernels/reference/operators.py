@@ -1,6 +1,7 @@
 """The two operators in plain PyTorch: the implementation of last resort, on any device and in any precision.
 
-Each ``*_out`` fills outputs allocated by the operator and has its signature; the gradients are written out.
+Each ``*_out`` fills outputs allocated by the operator and has its signature; the gradients are written out. Where a map
+comes with a norm, they write the finished map that the kernels never write.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..pyramid import bin_edges
+from .batch_norm import batch_norm_moments_out, finished
 
 
 def pyramid_pool(x: Tensor, heights: Sequence[int], widths: Sequence[int]) -> Tensor:
@@ -36,8 +38,10 @@ def _probabilities(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Te
     return logits.softmax(dim=2), logits.logsumexp(dim=2)
 
 
-def pyramid_pool_out(x: Tensor, heights: Sequence[int], widths: Sequence[int], pooled: Tensor) -> None:
-    pooled.copy_(pyramid_pool(x, heights, widths))
+def pyramid_pool_out(
+    x: Tensor, norm: Tensor | None, heights: Sequence[int], widths: Sequence[int], pooled: Tensor
+) -> None:
+    pooled.copy_(pyramid_pool(finished(x, norm), heights, widths))
 
 
 def pyramid_pool_bwd_out(
@@ -65,16 +69,34 @@ def pyramid_pool_bwd_out(
 
 
 def asymmetric_attention_out(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, logsumexp: Tensor
+    query: Tensor,
+    norm: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    skip: Tensor | None,
+    constant: Tensor | None,
+    scale: float,
+    statistics: bool,
+    out: Tensor,
+    logsumexp: Tensor,
+    moments: Tensor,
 ) -> None:
-    context, row_statistics, _ = asymmetric_attention(query, key, value, scale)
+    query = finished(query, norm)
+    context, row_statistics, _ = asymmetric_attention(query, key.to(query.dtype), value.to(query.dtype), scale)
+    if skip is not None:
+        context = context + skip
+    if constant is not None:
+        context = context + constant[:, None, None]
     out.copy_(context)
     logsumexp.copy_(row_statistics)
+    if statistics:
+        batch_norm_moments_out(out, moments)
 
 
 def asymmetric_attention_bwd_out(
     grad_out: Tensor,
     query: Tensor,
+    norm: Tensor | None,
     key: Tensor,
     value: Tensor,
     logsumexp: Tensor,
@@ -85,6 +107,7 @@ def asymmetric_attention_bwd_out(
     dvalue: Tensor,
 ) -> None:
     """dV = Gᵀ A; dS = A ∘ (dA − rowsum(A ∘ dA)) with dA = G V; dQ = scale · dS K; dK = scale · Qᵀ dS."""
+    query = finished(query, norm)
     attention, _ = _probabilities(query, key, scale)
     gradient = grad_out.flatten(2).to(attention.dtype)
     if needs[2]:

@@ -1,4 +1,4 @@
-// annnet_native::asymmetric_attention, its backward, and both behind a BatchNorm and a ReLU: checks and threads.
+// annnet_native::asymmetric_attention and its backward on the CPU: checks and threads.
 #include "asymmetric_attention.h"
 
 #include <torch/library.h>
@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "../checks.h"
+#include "batch_norm_moments.h"
 #include "levels.h"
 #include "pool_problem.h"
 
@@ -53,8 +54,8 @@ void check_written_tokens(const at::Tensor& x, const at::Tensor& like, const cha
 
 // One call, forward or backward: its arguments for the kernels, and the memory that they point to.
 struct Call {
-  Call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, double scale, const PoolNorm* norm,
-       bool backward)
+  Call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, double scale,
+       const std::optional<at::Tensor>& norm, bool backward)
       : kernel(kernels().asymmetric_attention.of_dtype[dtype_of(query, "query")]) {
     args.sizes = {.batch = query.size(0),
                   .pixels = query.size(2) * query.size(3),
@@ -65,8 +66,7 @@ struct Call {
     args.plan = kernel.plan(args.sizes, backward);
     args.scale = scale;
     args.query = map_of(query, Lines::rows);
-    args.rectify = norm != nullptr;
-    if (args.rectify) args.norm = *norm;
+    if (norm) args.norm = norm_of(*norm, query);
     args.key = tokens_of(key);
     args.value = tokens_of(value);
     packed = scratch_memory(args.sizes.batch * args.plan.packed_bytes);
@@ -89,34 +89,46 @@ struct Call {
   at::Tensor packed;
 };
 
-void forward(const at::Tensor& query, const PoolNorm* norm, const at::Tensor& key, const at::Tensor& value,
-             const std::optional<at::Tensor>& addend, double scale, const at::Tensor& out,
-             const at::Tensor& logsumexp) {
+void asymmetric_attention(const at::Tensor& query, const std::optional<at::Tensor>& norm, const at::Tensor& key,
+                          const at::Tensor& value, const std::optional<at::Tensor>& skip,
+                          const std::optional<at::Tensor>& constant, double scale, bool statistics,
+                          const at::Tensor& out, const at::Tensor& logsumexp, at::Tensor& moments) {
   check_operands(query, key, value);
   ANNNET_CHECK_SHAPE(out, query.size(0), value.size(1), query.size(2), query.size(3));
   ANNNET_CHECK_SAME_KIND(out, query);
-  if (addend) {
-    ANNNET_CHECK_SHAPE(*addend, query.size(0), value.size(1), query.size(2), query.size(3));
-    ANNNET_CHECK_SAME_KIND(*addend, query);
+  if (skip) {
+    ANNNET_CHECK_SHAPE(*skip, query.size(0), value.size(1), query.size(2), query.size(3));
+    ANNNET_CHECK_SAME_KIND(*skip, query);
+  }
+  if (constant) {
+    ANNNET_CHECK_SHAPE(*constant, value.size(1));
+    ANNNET_CHECK_DTYPE(*constant, accumulator_of(query));
+    TORCH_CHECK_VALUE(constant->is_contiguous(), "constant: expected contiguous, got strides ", constant->strides());
   }
   ANNNET_CHECK_SHAPE(logsumexp, query.size(0), query.size(2) * query.size(3));
-  ANNNET_CHECK_DTYPE(logsumexp, query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  ANNNET_CHECK_DTYPE(logsumexp, accumulator_of(query));
   TORCH_CHECK_VALUE(logsumexp.is_contiguous(), "logsumexp: expected contiguous, got strides ", logsumexp.strides());
   const bool channels_last = written_channels_last(out, "out");
-  if (query.numel() == 0) return;
+  if (query.numel() == 0) {
+    if (statistics) batch_norm_moments(out, moments);
+    return;
+  }
 
   Call call(query, key, value, scale, norm, false);
   call.args.channels_last = channels_last;
   call.args.out = out.mutable_data_ptr();
-  if (addend) call.args.addend = map_of(*addend, Lines::rows);
+  if (skip) call.args.skip = map_of(*skip, Lines::rows);
+  if (constant) call.args.constant = constant->const_data_ptr();
   call.args.logsumexp = logsumexp.mutable_data_ptr();
   call.run(call.args.sizes.batch * call.args.plan.blocks, call.kernel.forward);
+  if (statistics) batch_norm_moments(out, moments);
 }
 
 // The probabilities are made again from queries and keys.
-void backward(const at::Tensor& grad_out, const at::Tensor& query, const PoolNorm* norm, const at::Tensor& key,
-              const at::Tensor& value, double scale, std::array<bool, 3> needs, const at::Tensor& dquery,
-              const at::Tensor& dkey, const at::Tensor& dvalue) {
+void asymmetric_attention_bwd(const at::Tensor& grad_out, const at::Tensor& query,
+                              const std::optional<at::Tensor>& norm, const at::Tensor& key, const at::Tensor& value,
+                              const at::Tensor& /*logsumexp*/, double scale, std::array<bool, 3> needs,
+                              const at::Tensor& dquery, const at::Tensor& dkey, const at::Tensor& dvalue) {
   check_operands(query, key, value);
   ANNNET_CHECK_SHAPE(grad_out, query.size(0), value.size(1), query.size(2), query.size(3));
   ANNNET_CHECK_SAME_KIND(grad_out, query);
@@ -153,42 +165,11 @@ void backward(const at::Tensor& grad_out, const at::Tensor& query, const PoolNor
                    [&](int64_t begin, int64_t end) { call.kernel.reduce(args, begin, end); });
 }
 
-void asymmetric_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, double scale,
-                          const at::Tensor& out, const at::Tensor& logsumexp) {
-  forward(query, nullptr, key, value, std::nullopt, scale, out, logsumexp);
-}
-
-void asymmetric_attention_bwd(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
-                              const at::Tensor& value, const at::Tensor& /*logsumexp*/, double scale,
-                              std::array<bool, 3> needs, const at::Tensor& dquery, const at::Tensor& dkey,
-                              const at::Tensor& dvalue) {
-  backward(grad_out, query, nullptr, key, value, scale, needs, dquery, dkey, dvalue);
-}
-
-void asymmetric_attention_bn_relu(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& invstd,
-                                  const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& key,
-                                  const at::Tensor& value, const std::optional<at::Tensor>& addend, double scale,
-                                  const at::Tensor& out, const at::Tensor& logsumexp) {
-  const PoolNorm norm = norm_of(y, mean, invstd, weight, bias);
-  forward(y, &norm, key, value, addend, scale, out, logsumexp);
-}
-
-void asymmetric_attention_bn_relu_bwd(const at::Tensor& grad_out, const at::Tensor& y, const at::Tensor& mean,
-                                      const at::Tensor& invstd, const at::Tensor& weight, const at::Tensor& bias,
-                                      const at::Tensor& key, const at::Tensor& value, const at::Tensor& /*logsumexp*/,
-                                      double scale, std::array<bool, 3> needs, const at::Tensor& dz,
-                                      const at::Tensor& dkey, const at::Tensor& dvalue) {
-  const PoolNorm norm = norm_of(y, mean, invstd, weight, bias);
-  backward(grad_out, y, &norm, key, value, scale, needs, dz, dkey, dvalue);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(annnet_native, CPU, m) {
   m.impl("asymmetric_attention", asymmetric_attention);
   m.impl("asymmetric_attention_bwd", asymmetric_attention_bwd);
-  m.impl("asymmetric_attention_bn_relu", asymmetric_attention_bn_relu);
-  m.impl("asymmetric_attention_bn_relu_bwd", asymmetric_attention_bn_relu_bwd);
 }
 
 }  // namespace annnet

@@ -31,16 +31,16 @@ struct Attention {
   AttentionPlan plan;
   double scale;
   PoolMap query;
-  bool rectify;  // the query is `norm` of the map, rectified
-  PoolNorm norm;
+  NormTable norm;  // if its data is not null, the query is relu of the map's normalised values
   PoolTokens key, value;
   bool channels_last;  // out and dquery, which are dense, and the order of the products
   char* packed;        // plan.packed_bytes per image
 
   // Forward
-  void* out;        // (B, Cv, H, W)
-  PoolMap addend;   // as out, in any strides; its data may be null
-  void* logsumexp;  // (B, N), float32 or float64
+  void* out;             // (B, Cv, H, W)
+  PoolMap skip;          // as out, in any strides; its data may be null
+  const void* constant;  // (Cv) accumulators, or null
+  void* logsumexp;       // (B, N), float32 or float64
 
   // Backward
   PoolMap grad_out;

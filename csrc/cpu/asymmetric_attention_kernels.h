@@ -45,9 +45,9 @@ void forward_blocks(const Attention& args, char* memory, int64_t begin, int64_t 
   const AttentionSizes& s = args.sizes;
   const Scratch<T> scratch(memory, s, false);
   const Acc<T> scale = static_cast<Acc<T>>(args.scale);
-  const bool add = args.addend.data != nullptr;
-  Positions<T> query, addend;
-  if (args.rectify) query.norm = &args.norm;
+  const bool skips = args.skip.data != nullptr;
+  Positions<T> query, skip;
+  if (args.norm.data != nullptr) query.norm = &args.norm;
   for (int64_t index = begin; index < end; ++index) {
     const Block block = block_of<T>(args, index);
     const PackedTokens<T> packed(args.packed + block.image * args.plan.packed_bytes, s, false);
@@ -60,10 +60,11 @@ void forward_blocks(const Attention& args, char* memory, int64_t begin, int64_t 
     });
     Acc<T>* const logsumexp = static_cast<Acc<T>*>(args.logsumexp) + block.image * s.pixels + block.pixels.begin;
     normalise<kByPixel, T>(scratch.probabilities, s.tokens, query.count, scale, logsumexp, {});
-    if (add) set_pixels(addend, args.addend, s.width, block);
+    if (skips) set_pixels(skip, args.skip, s.width, block);
+    const Addends<T> addends = {skips ? &skip : nullptr, static_cast<const Acc<T>*>(args.constant)};
     contract_tokens<kByPixel, T>(args, args.out, s.value_channels, block, packed.value_by_token,
-                                 as_operand<T>(scratch.probabilities, s.tokens, query.count, scratch.weights),
-                                 add ? &addend : nullptr, ahead);
+                                 as_operand<T>(scratch.probabilities, s.tokens, query.count, scratch.weights), addends,
+                                 ahead);
   }
 }
 
@@ -73,7 +74,7 @@ void backward_splits(const Attention& args, char* memory, int64_t begin, int64_t
   const Scratch<T> scratch(memory, s, true);
   const Acc<T> scale = static_cast<Acc<T>>(args.scale);
   Positions<T> query, gradient;
-  if (args.rectify) query.norm = &args.norm;
+  if (args.norm.data != nullptr) query.norm = &args.norm;
   for (int64_t index = begin; index < end; ++index) {
     const int64_t image = index / args.plan.splits, split = index % args.plan.splits;
     const PackedTokens<T> packed(args.packed + image * args.plan.packed_bytes, s, true);
@@ -116,8 +117,8 @@ void backward_splits(const Attention& args, char* memory, int64_t begin, int64_t
         });
       if (args.needs_query)
         contract_tokens<kByPixel, T>(args, args.dquery, s.key_channels, block, packed.key_by_token,
-                                     as_operand<T>(scratch.logit_gradients, s.tokens, query.count, scratch.weights),
-                                     nullptr, ahead);
+                                     as_operand<T>(scratch.logit_gradients, s.tokens, query.count, scratch.weights), {},
+                                     ahead);
     }
   }
 }

@@ -124,41 +124,51 @@ void contract_channels(int64_t begin, int64_t end, int64_t pixels, int64_t token
     multiply(tokens, pixels, depth, ByDepth<Element<T>>{chunk, stride}, rows.data, rows.stride, sink, ahead);
 }
 
-// Sink: `rows` × `columns` of a dense map whose rows are channels (kChannelRows) or pixels, plus an addend if given.
+// What is added to a block of a map as it is written: pixels of another map and one value per channel. Null: nothing.
+template <class T>
+struct Addends {
+  const Positions<T>* skip;
+  const Acc<T>* constant;
+};
+
+// Sink: `rows` × `columns` of a dense map whose rows are channels (kChannelRows) or pixels, plus what is to be added.
 template <bool kChannelRows, class T>
 struct ToMap {
   T* target;
   int64_t stride, rows, columns;
-  const Positions<T>* addend;
+  Addends<T> addends;
   WriteAhead ahead = {};
 
-  // In NCHW a tile is short pieces of rows far apart. In channels_last, whole lines, this gains only where an addend is
+  // In NCHW a tile is short pieces of rows far apart. In channels_last, whole lines, this gains only where a map is
   // read there.
   ANNNET_INLINE void begin(int64_t column, int64_t count) {
-    if (kChannelRows || addend != nullptr)
+    if (kChannelRows || addends.skip != nullptr)
       ahead = WriteAhead::of_rows(target + column, stride, minimum(count, columns - column), rows, 64);
   }
   ANNNET_INLINE void expect() { ahead.advance(); }
   ANNNET_INLINE void operator()(int64_t row, int64_t column, Vec<T> value) const {
     if (row >= rows) return;
-    if (addend != nullptr) value += load_row<kChannelRows>(*addend, row, column, columns);
+    if (addends.skip != nullptr) value += load_row<kChannelRows>(*addends.skip, row, column, columns);
+    if (addends.constant != nullptr)
+      value += kChannelRows ? broadcast<T>(addends.constant[row])
+                            : load_lanes(addends.constant + column, 1, columns - column);
     store_lanes(target + row * stride + column, 1, value, columns - column);
   }
 };
 
-// map(channel, pixel) = Σ_token tokens[token][channel] weights(token, pixel), plus an addend if given
+// map(channel, pixel) = Σ_token tokens[token][channel] weights(token, pixel), plus what is to be added
 template <bool kByPixel, class T>
 void contract_tokens(const Attention& args, void* map, int64_t channels, Block block, const Element<T>* by_token,
-                     const Element<T>* weights, const Positions<T>* addend, ReadAhead& ahead) {
+                     const Element<T>* weights, const Addends<T>& addends, ReadAhead& ahead) {
   const AttentionSizes& s = args.sizes;
   const int64_t stride = leading_dimension<T>(channels), count = block.pixels.end - block.pixels.begin;
   T* const target = static_cast<T*>(map) + block.image * s.pixels * channels;
   const auto by_channel = [&] {
-    const ToMap<true, T> sink{target + block.pixels.begin, s.pixels, channels, count, addend};
+    const ToMap<true, T> sink{target + block.pixels.begin, s.pixels, channels, count, addends};
     multiply(channels, count, s.tokens, ByDepth<Element<T>>{by_token, stride}, weights, kBlockStride<T>, sink, ahead);
   };
   const auto by_pixel = [&](const auto& rows) {
-    const ToMap<false, T> sink{target + block.pixels.begin * channels, channels, count, channels, addend};
+    const ToMap<false, T> sink{target + block.pixels.begin * channels, channels, count, channels, addends};
     multiply(count, channels, s.tokens, rows, by_token, stride, sink, ahead);
   };
   if constexpr (kByPixel)

@@ -2,16 +2,18 @@
 #include "batch_norm.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <limits>
+#include <cmath>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "../checks.h"
+#include "batch_norm_moments.h"
 #include "levels.h"
 #include "tensors.h"
 
@@ -100,48 +102,35 @@ class Problem {
   int64_t images, pixels, chunks, blocks, unit_channels = 1;
 };
 
-at::ScalarType accumulator(const at::Tensor& y) { return y.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-
-void check_vector(const at::Tensor& vector, const char* name, const at::Tensor& y, at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(vector.sizes() == shape, name, ": expected shape ", shape, ", got ", vector.sizes());
-  TORCH_CHECK_TYPE(vector.scalar_type() == accumulator(y), name, ": expected dtype ", accumulator(y), ", got ",
-                   vector.scalar_type());
+void check_table(const at::Tensor& table, const char* name, const at::Tensor& y, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(table.sizes() == shape, name, ": expected shape ", shape, ", got ", table.sizes());
+  TORCH_CHECK_TYPE(table.scalar_type() == accumulator_of(y), name, ": expected dtype ", accumulator_of(y), ", got ",
+                   table.scalar_type());
 }
 
-// The vectors of a call, contiguous.
-struct Vectors {
-  Vectors(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& invstd, const at::Tensor& weight,
-          const at::Tensor& bias, const OptionalTensor& channel_scale, const OptionalTensor& mean_sums) {
+// What a call reads beside its maps, contiguous.
+struct Tables {
+  Tables(const at::Tensor& y, const at::Tensor& norm, const OptionalTensor& channel_scale,
+         const OptionalTensor& mean_sums) {
     ANNNET_CHECK_RANK(y, 4);
-    const int64_t channels = y.size(1);
-    check_vector(mean, "mean", y, {channels});
-    check_vector(invstd, "invstd", y, {channels});
-    check_vector(weight, "weight", y, {channels});
-    check_vector(bias, "bias", y, {channels});
-    held = {mean.contiguous(), invstd.contiguous(), weight.contiguous(), bias.contiguous()};
+    table = norm_of(norm, y);
     if (channel_scale) {
-      check_vector(*channel_scale, "channel_scale", y, {y.size(0), channels});
+      check_table(*channel_scale, "channel_scale", y, {y.size(0), y.size(1)});
       factors = channel_scale->contiguous();
     }
     if (mean_sums) {
-      check_vector(*mean_sums, "mean_sums", y, {2, channels});
+      check_table(*mean_sums, "mean_sums", y, {2, y.size(1)});
       means = mean_sums->contiguous();
     }
   }
 
   void give_to(BatchNormArgs& args) const {
-    args.mean = held[0].const_data_ptr();
-    args.invstd = held[1].const_data_ptr();
-    args.weight = held[2].const_data_ptr();
-    args.bias = held[3].const_data_ptr();
+    args.norm = table.data;
     if (factors.defined()) args.channel_scale = factors.const_data_ptr();
-    if (means.defined()) {
-      args.mean_g = means.const_data_ptr();
-      args.mean_g_hat = static_cast<const char*>(args.mean_g) + args.channels * means.element_size();
-    }
+    if (means.defined()) args.mean_sums = means.const_data_ptr();
   }
 
-  std::vector<at::Tensor> held;
+  NormTable table;
   at::Tensor factors, means;
 };
 
@@ -155,17 +144,18 @@ void for_channels(const Problem& problem, const Body& body) {
   at::parallel_for(0, problem.args.channels, std::max<int64_t>(1, kGrain / problem.parts()), body);
 }
 
-// out (2, C) = mean and biased variance from the shifts (parts, C) and the sums of the parts (parts, 2, C).
+// moments (3, C) from the shifts (parts, C) and the sums of the parts (parts, 2, C).
 template <class T>
-void merge_moments(const Problem& problem, const at::Tensor& shifts, const at::Tensor& sums, at::Tensor& out) {
+void merge_moments(const Problem& problem, const at::Tensor& shifts, const at::Tensor& sums, at::Tensor& moments) {
   const int64_t channels = problem.args.channels;
   const T* const first_shift = shifts.const_data_ptr<T>();
   const double* const first_sum = sums.const_data_ptr<double>();
-  T* target = out.mutable_data_ptr<T>();
+  double* const target = moments.mutable_data_ptr<double>();
   double total = 0;
   for (int64_t part = 0; part < problem.parts(); ++part) total += static_cast<double>(problem.part_pixels(part));
   for_channels(problem, [&](int64_t begin, int64_t end) {
-    std::vector<double> mean(end), moment(end);
+    double *const mean = target + channels, *const deviation = mean + channels;
+    for (int64_t c = begin; c < end; ++c) target[c] = total, mean[c] = deviation[c] = 0;
     for (int64_t part = 0; part < problem.parts(); ++part) {
       const T* shift = first_shift + part * channels;
       const double* sum = first_sum + part * 2 * channels;
@@ -180,13 +170,10 @@ void merge_moments(const Problem& problem, const at::Tensor& shifts, const at::T
       const double count = static_cast<double>(problem.part_pixels(part));
       for (int64_t c = begin; c < end; ++c) {
         const double rest = sum[c] / count, distance = shift[c] + rest - mean[c];
-        moment[c] += squares[c] - sum[c] * rest + distance * distance * count;
+        deviation[c] += squares[c] - sum[c] * rest + distance * distance * count;
       }
     }
-    for (int64_t c = begin; c < end; ++c) {
-      target[c] = static_cast<T>(mean[c]);
-      target[channels + c] = static_cast<T>(std::max(moment[c] / total, 0.0));
-    }
+    for (int64_t c = begin; c < end; ++c) deviation[c] = std::max(deviation[c], 0.0);
   });
 }
 
@@ -195,7 +182,7 @@ template <class T>
 void merge_sums(const Problem& problem, const at::Tensor& sums, at::Tensor& out) {
   const int64_t channels = problem.args.channels;
   const double* const first_sum = sums.const_data_ptr<double>();
-  const T* invstd = static_cast<const T*>(problem.args.invstd);
+  const T* invstd = static_cast<const T*>(problem.args.norm) + channels;
   T* target = out.mutable_data_ptr<T>();
   for_channels(problem, [&](int64_t begin, int64_t end) {
     std::vector<double> first(end), second(end);
@@ -214,7 +201,7 @@ void merge_sums(const Problem& problem, const at::Tensor& sums, at::Tensor& out)
 }
 
 void check_rows(const at::Tensor& out, const at::Tensor& y) {
-  check_vector(out, "out", y, {2, y.size(1)});
+  check_table(out, "out", y, {2, y.size(1)});
   TORCH_CHECK_VALUE(out.is_contiguous(), "out: expected a contiguous tensor, got strides ", out.strides());
 }
 
@@ -224,41 +211,90 @@ void check_like(const at::Tensor& x, const char* name, const at::Tensor& y) {
                    x.scalar_type());
 }
 
-void batch_norm_statistics(const at::Tensor& y, at::Tensor& out) {
-  ANNNET_CHECK_RANK(y, 4);
-  check_rows(out, y);
-  if (y.numel() == 0) {
-    out.fill_(std::numeric_limits<double>::quiet_NaN());
-    return;
-  }
-  const Problem problem(y, {}, {});
-  const int64_t channels = problem.args.channels;
-  const at::Tensor shifts = memory({problem.parts(), channels}, out.scalar_type());
-  const at::Tensor sums = memory({problem.parts(), 2, channels}, at::kDouble);
-  char* const first_shift = static_cast<char*>(shifts.mutable_data_ptr());
-  const int64_t bytes = channels * static_cast<int64_t>(shifts.element_size());
-  const auto kernel = kernels().batch_norm.moments[problem.lanes][problem.dtype];
-  problem.for_units([&](const BatchNormUnit& unit) {
-    kernel(problem.args, unit, first_shift + problem.part(unit) * bytes, problem.sums_of(sums, unit));
-  });
-  (problem.dtype == kFloat64 ? merge_moments<double> : merge_moments<float>)(problem, shifts, sums, out);
+// A module's vector (C) in double precision, `absent` where it has none.
+std::vector<double> doubles_of(const OptionalTensor& vector, const char* name, const at::Tensor& y, double absent) {
+  if (!vector) return std::vector<double>(y.size(1), absent);
+  TORCH_CHECK_VALUE(vector->dim() == 1 && vector->size(0) == y.size(1), name, ": expected shape [", y.size(1),
+                    "], got ", vector->sizes());
+  const at::Tensor wide = vector->to(at::kDouble).contiguous();
+  return {wide.const_data_ptr<double>(), wide.const_data_ptr<double>() + wide.numel()};
 }
 
-void batch_norm_apply(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& invstd, const at::Tensor& weight,
-                      const at::Tensor& bias, const OptionalTensor& channel_scale, bool relu, at::Tensor& out) {
-  const Vectors vectors(y, mean, invstd, weight, bias, channel_scale, {});
+template <class T>
+void write_table(const double* mean, const std::vector<double>& var, const std::vector<double>& weight,
+                 const std::vector<double>& bias, double eps, at::Tensor& table) {
+  const int64_t channels = table.size(1);
+  T* const target = table.mutable_data_ptr<T>();
+  for (int64_t c = 0; c < channels; ++c) {
+    target[c] = static_cast<T>(mean[c]);
+    target[channels + c] = static_cast<T>(1 / std::sqrt(var[c] + eps));
+    target[2 * channels + c] = static_cast<T>(weight[c]);
+    target[3 * channels + c] = static_cast<T>(bias[c]);
+  }
+}
+
+void check_written_table(const at::Tensor& table, const at::Tensor& y) {
+  ANNNET_CHECK_RANK(y, 4);
+  check_table(table, "table", y, {4, y.size(1)});
+  TORCH_CHECK_VALUE(table.is_contiguous(), "table: expected a contiguous tensor, got strides ", table.strides());
+}
+
+void batch_norm_table(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight,
+                      const OptionalTensor& bias, double eps, at::Tensor& table) {
+  check_written_table(table, y);
+  const std::vector<double> means = doubles_of(mean, "mean", y, 0);
+  const auto write = table.scalar_type() == at::kDouble ? write_table<double> : write_table<float>;
+  write(means.data(), doubles_of(var, "var", y, 1), doubles_of(weight, "weight", y, 1), doubles_of(bias, "bias", y, 0),
+        eps, table);
+}
+
+void batch_norm_update(const at::Tensor& y, const OptionalTensor& moments, const OptionalTensor& weight,
+                       const OptionalTensor& bias, const OptionalTensor& conv_bias, const OptionalTensor& running_mean,
+                       const OptionalTensor& running_var, const OptionalTensor& count, double eps,
+                       std::optional<double> momentum, int64_t calls, at::Tensor& table) {
+  check_written_table(table, y);
+  const int64_t channels = y.size(1);
+  at::Tensor found = moments ? moments->contiguous() : memory({3, channels}, at::kDouble);
+  if (!moments) batch_norm_moments(y, found);
+  ANNNET_CHECK_SHAPE(found, 3, channels);
+  ANNNET_CHECK_DTYPE(found, at::kDouble);
+  const double *const values = found.const_data_ptr<double>(), *const mean = values + channels,
+                      *const deviation = mean + channels;
+  std::vector<double> var(channels);
+  for (int64_t c = 0; c < channels; ++c) var[c] = deviation[c] / std::max(values[c], 1.0);
+  const auto write = table.scalar_type() == at::kDouble ? write_table<double> : write_table<float>;
+  write(mean, var, doubles_of(weight, "weight", y, 1), doubles_of(bias, "bias", y, 0), eps, table);
+
+  const auto move = [&](const OptionalTensor& running, const char* name, const auto& statistic) {
+    if (!running) return;
+    std::vector<double> moved = doubles_of(running, name, y, 0);
+    for (int64_t call = 1; call <= calls; ++call) {
+      const double factor = momentum ? *momentum : count ? 1 / static_cast<double>(count->item<int64_t>() + call) : 0.0;
+      for (int64_t c = 0; c < channels; ++c)
+        if (values[c] > 0) moved[c] += (statistic(c) - moved[c]) * factor;
+    }
+    running->copy_(at::from_blob(moved.data(), {channels}, at::TensorOptions().dtype(at::kDouble)));
+  };
+  const std::vector<double> shift = doubles_of(conv_bias, "conv_bias", y, 0);
+  move(running_mean, "running_mean", [&](int64_t c) { return mean[c] + shift[c]; });
+  move(running_var, "running_var", [&](int64_t c) { return deviation[c] / (values[c] - 1); });
+  if (count) count->add_(calls);
+}
+
+void batch_norm_apply(const at::Tensor& y, const at::Tensor& norm, const OptionalTensor& channel_scale, bool relu,
+                      at::Tensor& out) {
+  const Tables tables(y, norm, channel_scale, {});
   check_like(out, "out", y);
   if (y.numel() == 0) return;
   Problem problem(y, {}, out);
-  vectors.give_to(problem.args);
+  tables.give_to(problem.args);
   const auto kernel = kernels().batch_norm.apply[relu][problem.lanes][problem.dtype];
   problem.for_units([&](const BatchNormUnit& unit) { kernel(problem.args, unit); });
 }
 
-void batch_norm_bwd_sums(const at::Tensor& grad_out, const at::Tensor& y, const at::Tensor& mean,
-                         const at::Tensor& invstd, const at::Tensor& weight, const at::Tensor& bias,
+void batch_norm_bwd_sums(const at::Tensor& grad_out, const at::Tensor& y, const at::Tensor& norm,
                          const OptionalTensor& channel_scale, bool relu, at::Tensor& out) {
-  const Vectors vectors(y, mean, invstd, weight, bias, channel_scale, {});
+  const Tables tables(y, norm, channel_scale, {});
   check_like(grad_out, "grad_out", y);
   check_rows(out, y);
   if (y.numel() == 0) {
@@ -266,31 +302,54 @@ void batch_norm_bwd_sums(const at::Tensor& grad_out, const at::Tensor& y, const 
     return;
   }
   Problem problem(y, grad_out, {});
-  vectors.give_to(problem.args);
+  tables.give_to(problem.args);
   const at::Tensor sums = memory({problem.parts(), 2, problem.args.channels}, at::kDouble);
   const auto kernel = kernels().batch_norm.sums[relu][problem.lanes][problem.dtype];
   problem.for_units([&](const BatchNormUnit& unit) { kernel(problem.args, unit, problem.sums_of(sums, unit)); });
   (problem.dtype == kFloat64 ? merge_sums<double> : merge_sums<float>)(problem, sums, out);
 }
 
-void batch_norm_bwd_input(const at::Tensor& grad_out, const at::Tensor& y, const at::Tensor& mean,
-                          const at::Tensor& invstd, const at::Tensor& weight, const at::Tensor& bias,
+void batch_norm_bwd_input(const at::Tensor& grad_out, const at::Tensor& y, const at::Tensor& norm,
                           const OptionalTensor& channel_scale, bool relu, const OptionalTensor& mean_sums,
                           at::Tensor& dy) {
-  const Vectors vectors(y, mean, invstd, weight, bias, channel_scale, mean_sums);
+  const Tables tables(y, norm, channel_scale, mean_sums);
   check_like(grad_out, "grad_out", y);
   check_like(dy, "dy", y);
   if (y.numel() == 0) return;
   Problem problem(y, grad_out, dy);
-  vectors.give_to(problem.args);
+  tables.give_to(problem.args);
   const auto kernel = kernels().batch_norm.input[mean_sums.has_value()][relu][problem.lanes][problem.dtype];
   problem.for_units([&](const BatchNormUnit& unit) { kernel(problem.args, unit); });
 }
 
 }  // namespace
 
+void batch_norm_moments(const at::Tensor& y, at::Tensor& moments) {
+  ANNNET_CHECK_RANK(y, 4);
+  ANNNET_CHECK_SHAPE(moments, 3, y.size(1));
+  ANNNET_CHECK_DTYPE(moments, at::kDouble);
+  TORCH_CHECK_VALUE(moments.is_contiguous(), "moments: expected a contiguous tensor, got strides ", moments.strides());
+  if (y.numel() == 0) {
+    moments.zero_();
+    return;
+  }
+  const Problem problem(y, {}, {});
+  const int64_t channels = problem.args.channels;
+  const at::Tensor shifts = memory({problem.parts(), channels}, accumulator_of(y));
+  const at::Tensor sums = memory({problem.parts(), 2, channels}, at::kDouble);
+  char* const first_shift = static_cast<char*>(shifts.mutable_data_ptr());
+  const int64_t bytes = channels * static_cast<int64_t>(shifts.element_size());
+  const auto kernel = kernels().batch_norm.moments[problem.lanes][problem.dtype];
+  problem.for_units([&](const BatchNormUnit& unit) {
+    kernel(problem.args, unit, first_shift + problem.part(unit) * bytes, problem.sums_of(sums, unit));
+  });
+  (problem.dtype == kFloat64 ? merge_moments<double> : merge_moments<float>)(problem, shifts, sums, moments);
+}
+
 TORCH_LIBRARY_IMPL(annnet_native, CPU, m) {
-  m.impl("batch_norm_statistics", &batch_norm_statistics);
+  m.impl("batch_norm_moments", &batch_norm_moments);
+  m.impl("batch_norm_table", &batch_norm_table);
+  m.impl("batch_norm_update", &batch_norm_update);
   m.impl("batch_norm_apply", &batch_norm_apply);
   m.impl("batch_norm_bwd_sums", &batch_norm_bwd_sums);
   m.impl("batch_norm_bwd_input", &batch_norm_bwd_input);

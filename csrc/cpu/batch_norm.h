@@ -18,13 +18,14 @@ struct BatchNormMap {
   int64_t batch, channel, line, step;
 };
 
-// The vectors are (C) in the accumulator's dtype, and null where a kernel does not need them.
+// All that is no map holds accumulators, and is null where a kernel does not need it.
 struct BatchNormArgs {
   int64_t channels, length;
   BatchNormMap y, grad, out;
-  const void *mean, *invstd, *weight, *bias;
-  const void* channel_scale;        // (B, C), or null for 1
-  const void *mean_g, *mean_g_hat;  // Σ g / n and Σ g·ŷ / n
+  const void* norm;           // (4, C): mean, invstd, weight, bias
+  const void* shift;          // (C): what moments are taken about
+  const void* channel_scale;  // (B, C), or null for 1
+  const void* mean_sums;      // (2, C): Σ g / n and Σ g·ŷ / n
 };
 
 // Pixels first … last - 1 of the channels channel … channel + channels - 1 of an image.
@@ -44,7 +45,7 @@ struct BatchNormKernels {
   Moments moments[2][kDtypes];  // [lanes]: Σ (y − K), Σ (y − K)²
   Map apply[2][2][kDtypes];     // [relu][lanes]
   Sum sums[2][2][kDtypes];      // [relu][lanes]: Σ g, Σ g·(y − mean)
-  Map input[2][2][2][kDtypes];  // [whether mean_g and mean_g_hat are given][relu][lanes]
+  Map input[2][2][2][kDtypes];  // [whether mean_sums are given][relu][lanes]
 };
 
 }  // namespace annnet

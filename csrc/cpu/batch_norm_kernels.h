@@ -21,6 +21,10 @@ struct Constants {
     const Acc<T>* source = static_cast<const Acc<T>*>(vector) + channel;
     return kLanesAre == kChannels ? load_lanes(source, 1, count) : broadcast<T>(*source);
   }
+  // A row of a table whose rows have all channels.
+  ANNNET_INLINE Vec<T> row(const void* table, int64_t index) const {
+    return (*this)(static_cast<const Acc<T>*>(table) + index * args.channels);
+  }
   ANNNET_INLINE Vec<T> factor() const {
     if (args.channel_scale == nullptr) return broadcast<T>(1);
     return (*this)(static_cast<const Acc<T>*>(args.channel_scale) + image * args.channels);
@@ -48,7 +52,7 @@ template <class T>
 struct Moments {
   static constexpr bool kReadsGrad = false;
   template <class C>
-  ANNNET_INLINE explicit Moments(const C& constants) : shift(constants(constants.args.mean)) {}
+  ANNNET_INLINE explicit Moments(const C& constants) : shift(constants(constants.args.shift)) {}
   ANNNET_INLINE Pair<T> operator()(Vec<T> y, Vec<T>) const {
     const Vec<T> shifted = y - shift;
     return {shifted, shifted * shifted};
@@ -61,9 +65,9 @@ struct Apply {
   static constexpr bool kReadsGrad = false;
   template <class C>
   ANNNET_INLINE explicit Apply(const C& constants)
-      : mean(constants(constants.args.mean)),
-        scale(constants(constants.args.invstd) * constants(constants.args.weight)),
-        bias(constants(constants.args.bias)),
+      : mean(constants.row(constants.args.norm, 0)),
+        scale(constants.row(constants.args.norm, 1) * constants.row(constants.args.norm, 2)),
+        bias(constants.row(constants.args.norm, 3)),
         factor(constants.factor()) {}
   ANNNET_INLINE Vec<T> operator()(Vec<T> y, Vec<T>) const {
     Vec<T> z = (y - mean) * scale + bias;
@@ -94,8 +98,8 @@ struct Input {
   template <class C>
   ANNNET_INLINE explicit Input(const C& constants) : sums(constants), offset{}, slope{} {
     if constexpr (kCentred) {
-      offset = constants(constants.args.mean_g);
-      slope = constants(constants.args.mean_g_hat) * constants(constants.args.invstd);
+      offset = constants.row(constants.args.mean_sums, 0);
+      slope = constants.row(constants.args.mean_sums, 1) * constants.row(constants.args.norm, 1);
     }
   }
   ANNNET_INLINE Vec<T> operator()(Vec<T> y, Vec<T> grad) const {
@@ -373,7 +377,7 @@ void moments(const BatchNormArgs& args, BatchNormUnit unit, void* shift, double*
   for (int64_t c = unit.channel; c < unit.channel + unit.channels; ++c)
     static_cast<Acc<T>*>(shift)[c] = shift_from<Acc<T>>(sums[c], sums[args.channels + c], pilot.last - pilot.first);
   BatchNormArgs shifted = args;
-  shifted.mean = shift;
+  shifted.shift = shift;
   sum<kLanesAre, T, Moments<T>>(shifted, unit, sums);
 }
 

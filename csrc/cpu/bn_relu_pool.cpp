@@ -16,7 +16,7 @@ namespace {
 using MaybeTensor = std::optional<at::Tensor>;
 
 struct BnReluProblem : PoolProblem {
-  BnReluProblem(const at::Tensor& y, const PoolNorm& norm, const MaybeTensor& grad_tokens, const MaybeTensor& grad_map,
+  BnReluProblem(const at::Tensor& y, const NormTable& norm, const MaybeTensor& grad_tokens, const MaybeTensor& grad_map,
                 at::IntArrayRef heights, at::IntArrayRef widths)
       : PoolProblem(y, heights, widths) {
     gradient.pool = args;
@@ -61,21 +61,20 @@ void add_up(const PoolProblem& problem, const Accumulator* partial, Accumulator*
   std::copy(totals.begin(), totals.end(), sums);
 }
 
-void bn_relu_bwd_sums(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& invstd, const at::Tensor& weight,
-                      const at::Tensor& bias, const MaybeTensor& grad_tokens, const MaybeTensor& grad_map,
-                      at::IntArrayRef heights, at::IntArrayRef widths, at::Tensor& sums) {
+void bn_relu_bwd_sums(const at::Tensor& y, const at::Tensor& norm, const MaybeTensor& grad_tokens,
+                      const MaybeTensor& grad_map, at::IntArrayRef heights, at::IntArrayRef widths, at::Tensor& sums) {
   check_gradients(y, grad_tokens, grad_map, heights, widths);
-  const PoolNorm norm = norm_of(y, mean, invstd, weight, bias);
+  const NormTable table = norm_of(norm, y);
   ANNNET_CHECK_SHAPE(sums, 2, y.size(1));
-  ANNNET_CHECK_DTYPE(sums, mean.scalar_type());
+  ANNNET_CHECK_DTYPE(sums, accumulator_of(y));
   TORCH_CHECK_VALUE(sums.is_contiguous(), "sums: expected contiguous memory, got strides ", sums.strides());
   if (y.numel() == 0) {
     sums.zero_();
     return;
   }
-  const BnReluProblem problem(y, norm, grad_tokens, grad_map, heights, widths);
-  const BnReluPoolKernels& table = kernels().bn_relu_pool;
-  const auto kernel = (problem.lines == Lines::channels ? table.sums_channels : table.sums_rows)[problem.dtype];
+  const BnReluProblem problem(y, table, grad_tokens, grad_map, heights, widths);
+  const BnReluPoolKernels& level = kernels().bn_relu_pool;
+  const auto kernel = (problem.lines == Lines::channels ? level.sums_channels : level.sums_rows)[problem.dtype];
   const int64_t segment_bytes = 2 * problem.args.block * problem.accumulator_size();
   const int64_t segments = problem.args.rows.segments;
   const at::Tensor partial = scratch_memory(problem.units() * segments * segment_bytes);
@@ -89,24 +88,24 @@ void bn_relu_bwd_sums(const at::Tensor& y, const at::Tensor& mean, const at::Ten
     add_up(problem, static_cast<const float*>(partial.const_data_ptr()), sums.mutable_data_ptr<float>());
 }
 
-void bn_relu_bwd_input(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& invstd, const at::Tensor& weight,
-                       const at::Tensor& bias, const MaybeTensor& grad_tokens, const MaybeTensor& grad_map,
-                       const MaybeTensor& mean_sums, at::IntArrayRef heights, at::IntArrayRef widths, at::Tensor& dy) {
+void bn_relu_bwd_input(const at::Tensor& y, const at::Tensor& norm, const MaybeTensor& grad_tokens,
+                       const MaybeTensor& grad_map, const MaybeTensor& mean_sums, at::IntArrayRef heights,
+                       at::IntArrayRef widths, at::Tensor& dy) {
   check_gradients(y, grad_tokens, grad_map, heights, widths);
-  const PoolNorm norm = norm_of(y, mean, invstd, weight, bias);
+  const NormTable table = norm_of(norm, y);
   ANNNET_CHECK_SHAPE(dy, y.size(0), y.size(1), y.size(2), y.size(3));
   ANNNET_CHECK_SAME_KIND(dy, y);
   if (mean_sums) {
     ANNNET_CHECK_SHAPE(*mean_sums, 2, y.size(1));
-    ANNNET_CHECK_DTYPE(*mean_sums, mean.scalar_type());
+    ANNNET_CHECK_DTYPE(*mean_sums, accumulator_of(y));
   }
   if (y.numel() == 0) return;
-  BnReluProblem problem(y, norm, grad_tokens, grad_map, heights, widths);
+  BnReluProblem problem(y, table, grad_tokens, grad_map, heights, widths);
   const at::Tensor means = mean_sums ? mean_sums->contiguous() : at::Tensor();
   problem.gradient.mean_sums = mean_sums ? means.const_data_ptr() : nullptr;
   problem.gradient.dy = map_of(dy, problem.lines);
-  const BnReluPoolKernels& table = kernels().bn_relu_pool;
-  const auto kernel = (problem.lines == Lines::channels ? table.input_channels : table.input_rows)[problem.dtype];
+  const BnReluPoolKernels& level = kernels().bn_relu_pool;
+  const auto kernel = (problem.lines == Lines::channels ? level.input_channels : level.input_rows)[problem.dtype];
   problem.for_row_segments(0, problem.units(), [&](int64_t index, int64_t first, int64_t last, void* scratch) {
     kernel(problem.gradient, problem.unit(index), first, last, scratch);
   });

@@ -21,7 +21,7 @@ template <class T>
 struct Positions {
   const T* data;
   int64_t channel_stride;
-  const PoolNorm* norm = nullptr;  // normalise and rectify on load
+  const NormTable* norm = nullptr;  // normalise and rectify on load
   int64_t count = 0;
   int64_t offset[kBlock<T>];
   bool adjacent[kBlock<T> / kLanes<T>];  // whether a vector's positions lie next to each other
@@ -50,7 +50,7 @@ struct Positions {
 
 // What lies outside keeps its zero.
 template <bool kChannelRows, class T>
-ANNNET_INLINE void rectify(const PoolNorm& norm, int64_t channel, int64_t channels, int64_t positions,
+ANNNET_INLINE void rectify(const NormTable& norm, int64_t channel, int64_t channels, int64_t positions,
                            Vec<T> (&rows)[kLanes<T>]) {
   if constexpr (kChannelRows) {
     for (int i = 0; i < kLanes<T>; ++i)

@@ -52,21 +52,6 @@ inline PoolTokens tokens_of(const at::Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// The vectors of a BatchNorm ahead of a ReLU, one element per channel, in the accumulator type of the map.
-inline PoolNorm norm_of(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& invstd, const at::Tensor& weight,
-                        const at::Tensor& bias) {
-  const at::ScalarType accumulator = y.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const auto check = [&](const at::Tensor& vector, const char* name) {
-    TORCH_CHECK_VALUE(vector.dim() == 1 && vector.size(0) == y.size(1) && vector.is_contiguous(), name,
-                      ": expected a contiguous vector of the ", y.size(1), " channels of y, got shape ",
-                      vector.sizes());
-    TORCH_CHECK_TYPE(vector.scalar_type() == accumulator, name, ": expected dtype ", accumulator, ", got ",
-                     vector.scalar_type());
-    return vector.const_data_ptr();
-  };
-  return {check(mean, "mean"), check(invstd, "invstd"), check(weight, "weight"), check(bias, "bias")};
-}
-
 struct PoolProblem {
   PoolProblem(const at::Tensor& map, at::IntArrayRef heights, at::IntArrayRef widths)
       : lines(lines_of(map)),

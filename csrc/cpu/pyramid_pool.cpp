@@ -1,9 +1,10 @@
-// annnet_native::pyramid_pool, pyramid_pool_bn_relu and pyramid_pool_bwd on the CPU: checks and threads.
+// annnet_native::pyramid_pool and pyramid_pool_bwd on the CPU: checks and threads.
 #include "pyramid_pool.h"
 
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "../checks.h"
 #include "levels.h"
@@ -51,31 +52,20 @@ void pool(const PoolProblem& problem, PyramidPoolKernels::Sum sum) {
   }
 }
 
-void pyramid_pool(const at::Tensor& x, at::IntArrayRef heights, at::IntArrayRef widths, at::Tensor& out) {
+void pyramid_pool(const at::Tensor& x, const std::optional<at::Tensor>& norm, at::IntArrayRef heights,
+                  at::IntArrayRef widths, at::Tensor& out) {
   ANNNET_CHECK_RANK(x, 4);
   check_tokens(out, heights, widths, x.size(0), x.size(1));
   ANNNET_CHECK_SAME_KIND(out, x);
+  const NormTable table = norm ? norm_of(*norm, x) : NormTable{};
   if (x.numel() == 0) return;
   PoolProblem problem(x, heights, widths);
   problem.args.tokens = tokens_of(out);
-  const PyramidPoolKernels& table = kernels().pyramid_pool;
-  pool(problem, (problem.lines == Lines::channels ? table.sum_channels : table.sum_rows)[problem.dtype]);
-}
-
-void pyramid_pool_bn_relu(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& invstd,
-                          const at::Tensor& weight, const at::Tensor& bias, at::IntArrayRef heights,
-                          at::IntArrayRef widths, at::Tensor& out) {
-  ANNNET_CHECK_RANK(y, 4);
-  check_tokens(out, heights, widths, y.size(0), y.size(1));
-  ANNNET_CHECK_SAME_KIND(out, y);
-  const PoolNorm norm = norm_of(y, mean, invstd, weight, bias);
-  if (y.numel() == 0) return;
-  PoolProblem problem(y, heights, widths);
-  problem.args.tokens = tokens_of(out);
-  problem.args.norm = norm;
-  const PyramidPoolKernels& table = kernels().pyramid_pool;
-  pool(problem,
-       (problem.lines == Lines::channels ? table.sum_channels_bn_relu : table.sum_rows_bn_relu)[problem.dtype]);
+  problem.args.norm = table;
+  const PyramidPoolKernels& kernel = kernels().pyramid_pool;
+  const auto& sum = problem.lines == Lines::channels ? (norm ? kernel.sum_channels_bn_relu : kernel.sum_channels)
+                                                     : (norm ? kernel.sum_rows_bn_relu : kernel.sum_rows);
+  pool(problem, sum[problem.dtype]);
 }
 
 void pyramid_pool_bwd(const at::Tensor& grad, at::IntArrayRef map_size, at::IntArrayRef heights, at::IntArrayRef widths,
@@ -103,7 +93,6 @@ void pyramid_pool_bwd(const at::Tensor& grad, at::IntArrayRef map_size, at::IntA
 TORCH_LIBRARY_IMPL(annnet_native, CPU, m) {
   m.impl("pyramid_pool", &pyramid_pool);
   m.impl("pyramid_pool_bwd", &pyramid_pool_bwd);
-  m.impl("pyramid_pool_bn_relu", &pyramid_pool_bn_relu);
 }
 
 }  // namespace annnet

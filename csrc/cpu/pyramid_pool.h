@@ -45,9 +45,10 @@ struct PoolTokens {
   int64_t batch, channel, token;
 };
 
-// z = relu((y − mean) · invstd · weight + bias); vectors of accumulators, one element per channel.
-struct PoolNorm {
-  const void *mean, *invstd, *weight, *bias;
+// Mean, invstd, weight and bias, a row of accumulators each: (y − mean) · invstd · weight + bias. Null: none.
+struct NormTable {
+  const void* data;
+  int64_t channels;
 };
 
 struct PoolArgs {
@@ -57,7 +58,7 @@ struct PoolArgs {
   int64_t channels, block;       // block is a multiple of 16
   PoolMap map;
   PoolTokens tokens;
-  PoolNorm norm;  // for the kernels that normalise and rectify on load
+  NormTable norm;  // for the kernels that normalise and rectify on load
 };
 
 // One unit: channels channel … channel + count - 1 of an image, count ≤ block.

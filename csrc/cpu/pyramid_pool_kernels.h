@@ -64,8 +64,8 @@ ANNNET_INLINE int64_t token_of(const PoolLevel& level, int64_t row_bin, int64_t 
 
 template <class T>
 struct Plain {
-  ANNNET_INLINE static Plain of_channel(const PoolNorm&, int64_t) { return {}; }
-  ANNNET_INLINE static Plain of_channels(const PoolNorm&, int64_t, int64_t) { return {}; }
+  ANNNET_INLINE static Plain of_channel(const NormTable&, int64_t) { return {}; }
+  ANNNET_INLINE static Plain of_channels(const NormTable&, int64_t, int64_t) { return {}; }
   ANNNET_INLINE Vec<T> operator()(Vec<T> x) const { return x; }
 };
 
@@ -75,17 +75,17 @@ struct BnRelu {
   Vec<T> mean, invstd, weight, bias;
 
   // One channel in all lanes.
-  ANNNET_INLINE static BnRelu of_channel(const PoolNorm& norm, int64_t channel) {
-    const auto spread = [&](const void* vector) { return broadcast<T>(static_cast<const Acc<T>*>(vector)[channel]); };
-    return {spread(norm.mean), spread(norm.invstd), spread(norm.weight), spread(norm.bias)};
+  ANNNET_INLINE static BnRelu of_channel(const NormTable& norm, int64_t channel) {
+    const Acc<T>* const first = static_cast<const Acc<T>*>(norm.data) + channel;
+    const auto row = [&](int64_t index) { return broadcast<T>(first[index * norm.channels]); };
+    return {row(0), row(1), row(2), row(3)};
   }
 
   // A channel per lane.
-  ANNNET_INLINE static BnRelu of_channels(const PoolNorm& norm, int64_t channel, int64_t count) {
-    const auto part = [&](const void* vector) {
-      return load_lanes(static_cast<const Acc<T>*>(vector) + channel, 1, count);
-    };
-    return {part(norm.mean), part(norm.invstd), part(norm.weight), part(norm.bias)};
+  ANNNET_INLINE static BnRelu of_channels(const NormTable& norm, int64_t channel, int64_t count) {
+    const Acc<T>* const first = static_cast<const Acc<T>*>(norm.data) + channel;
+    const auto row = [&](int64_t index) { return load_lanes(first + index * norm.channels, 1, count); };
+    return {row(0), row(1), row(2), row(3)};
   }
 
   ANNNET_INLINE Vec<T> normal(Vec<T> y) const { return (y - mean) * invstd; }

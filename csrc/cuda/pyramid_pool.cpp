@@ -3,10 +3,13 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
+
+#include <optional>
 
 #include "../checks.h"
 #include "../cpu/tensors.h"
@@ -44,11 +47,23 @@ PoolCall call_of(const at::Tensor& map, const at::Tensor& tokens, at::IntArrayRe
   };
 }
 
-void pool(const at::Tensor& x, at::IntArrayRef heights, at::IntArrayRef widths, at::Tensor& out) {
+// A map with a norm is finished first, in the dtype of its table, by PyTorch: no block runs here where Triton serves.
+void pool(const at::Tensor& x, const std::optional<at::Tensor>& norm, at::IntArrayRef heights, at::IntArrayRef widths,
+          at::Tensor& out) {
   ANNNET_CHECK_RANK(x, 4);
   check_tokens(out, heights, widths, x.size(0), x.size(1));
   ANNNET_CHECK_SAME_KIND(out, x);
   if (x.numel() == 0) return;
+  if (norm) {
+    ANNNET_CHECK_SHAPE(*norm, 4, x.size(1));
+    const at::Tensor columns = norm->unsqueeze(-1).unsqueeze(-1);
+    const at::Tensor finished =
+        ((x.to(norm->scalar_type()) - columns[0]) * columns[1] * columns[2] + columns[3]).relu();
+    at::Tensor tokens = at::empty_like(out, out.options().dtype(norm->scalar_type()));
+    pool(finished, std::nullopt, heights, widths, tokens);
+    out.copy_(tokens);
+    return;
+  }
   const c10::cuda::CUDAGuard guard(x.device());
   TensorScratch scratch(x.device());
   C10_CUDA_CHECK(pyramid_pool(call_of(x, out, heights, widths), scratch, c10::cuda::getCurrentCUDAStream()));

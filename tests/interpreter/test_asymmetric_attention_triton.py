@@ -8,6 +8,7 @@ import pytest
 import torch
 from attention_rule import assert_accurate, plain_attention, random_tokens
 from helpers import LAYOUTS, Results, assert_as_accurate_as_plain, random_map, surrounded
+from pool_rule import random_norm
 from torch import Tensor
 
 import annnet_kernels as ak
@@ -86,9 +87,9 @@ def odd_operands(dtype: torch.dtype, layout: str = "nchw", tokens: int = 43) -> 
 
 
 def forward_and_backward(query, key, value, grad, needs=(True, True, True)):
-    out, logsumexp = torch.ops.annnet.asymmetric_attention(query, key, value, 0.2)
+    out, logsumexp, _ = torch.ops.annnet.asymmetric_attention(query, None, key, value, None, None, 0.2, False)
     gradients = torch.ops.annnet.asymmetric_attention_bwd(
-        grad, query, key, value, logsumexp, 0.2, list(needs), "triton"
+        grad, query, None, key, value, logsumexp, 0.2, list(needs), "triton"
     )
     return out, logsumexp, *gradients
 
@@ -97,9 +98,8 @@ def backward_plan(query, key, value, grad, needs=(True, True, True), device=None
     gradients = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
     wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
     logsumexp = query.new_empty((query.shape[0], query.shape[2] * query.shape[3]), dtype=torch.float32)
-    precision = product_precision(query.dtype)
-    device = device or device_of(query)
-    return launches.plan_backward(grad, query, None, key, value, logsumexp, 0.2, *wanted, precision, device)
+    operands = launches.Operands(query, None, key, value, 0.2, product_precision(query.dtype))
+    return launches.plan_backward(grad, operands, logsumexp, tuple(wanted), device or device_of(query))
 
 
 def test_sum_over_pixels_is_split():
@@ -175,8 +175,10 @@ def test_touches_nothing_beyond_its_tensors(layout, tokens):
     outputs = [surrounded(torch.zeros_like(x), 7.0) for x in expected]
     untouched = [memory.clone() for _, memory in outputs]
     out, logsumexp, *gradients = (inside for inside, _ in outputs)
-    launches.asymmetric_attention(query, key, value, 0.2, out, logsumexp)
-    launches.asymmetric_attention_bwd(grad, query, key, value, logsumexp, 0.2, (True, True, True), *gradients)
+    moments = torch.empty(0, dtype=torch.float64, device=DEVICE)
+    operands = query, None, key, value, None, None, 0.2, False
+    launches.asymmetric_attention(*operands, out, logsumexp, moments)
+    launches.asymmetric_attention_bwd(grad, query, None, key, value, logsumexp, 0.2, (True, True, True), *gradients)
     for (ours, memory), reference, before in zip(outputs, expected, untouched, strict=True):
         assert torch.equal(ours, reference)
         ours.zero_()
@@ -194,28 +196,26 @@ def test_offsets_beyond_32_bits():
         random_tokens(1, channels, 5, torch.float16, device=DEVICE),
         random_tokens(1, 4, 5, torch.float16, device=DEVICE),
     )
-    far, near = (torch.ops.annnet.asymmetric_attention(q, key, value, 1.0)[0] for q in (query, query.clone()))
+    far, near = (
+        torch.ops.annnet.asymmetric_attention(q, None, key, value, None, None, 1.0, False)[0]
+        for q in (query, query.clone())
+    )
     assert torch.equal(far, near)
 
 
-# The prologue and the addend
+# The norm of the query, and what is added
 
 
-def random_norm(channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mean, invstd, weight, bias."""
-    draw = torch.randn(4, channels, device=DEVICE)
-    return draw[0], draw[1].abs() + 0.5, draw[2], draw[3]
-
-
-def truth_of_normalised(y, norm, key, value, addend, grad):
+def truth_of_normalised(y, norm, key, value, skip, constant, grad):
     """Output and gradients of z, key and value in float64."""
-    mean, invstd, weight, bias = (v.double()[None, :, None, None] for v in norm)
+    mean, invstd, weight, bias = norm.double()[:, None, :, None, None]
     z = ((y.double() - mean) * invstd * weight + bias).relu().requires_grad_()
     leaves = [z, *(x.double().requires_grad_() for x in (key, value))]
     with ak.use_backend("reference"):
         out = ak.asymmetric_attention(*leaves, 0.2)
         gradients = torch.autograd.grad(out, leaves, grad.double())
-    return out if addend is None else out + addend.double(), *gradients
+    out = out + constant.double()[:, None, None]
+    return out if skip is None else out + skip.double(), *gradients
 
 
 def named(results) -> Results:
@@ -224,57 +224,59 @@ def named(results) -> Results:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("layout", "tokens", "with_addend"),
+    ("layout", "tokens", "with_skip"),
     [*((layout, 43, True) for layout in LAYOUTS), ("nchw", 43, False), ("channels_last", 150, True)],
 )
-def test_prologue_and_addend(layout, tokens, with_addend, dtype):
+def test_norm_skip_and_constant(layout, tokens, with_skip, dtype):
     def run(seed):
         y = random_map((1, 13, 7, 11), dtype, layout, DEVICE)
         key, value = (random_tokens(1, c, tokens, dtype, device=DEVICE) for c in (13, 18))
         grad = random_map((1, 18, 7, 11), dtype, layout, DEVICE)
-        addend = random_map((1, 18, 7, 11), dtype, layout, DEVICE) if with_addend else None
-        norm = random_norm(13)
+        skip = random_map((1, 18, 7, 11), dtype, layout, DEVICE) if with_skip else None
+        norm, constant = random_norm(13, DEVICE), torch.randn(18, device=DEVICE)
 
         def results(backend):
             with ak.use_backend(backend):
-                out, logsumexp = torch.ops.annnet.asymmetric_attention_bn_relu(y, *norm, key, value, addend, 0.2)
-            gradients = torch.ops.annnet.asymmetric_attention_bn_relu_bwd(
-                grad, y, *norm, key, value, logsumexp, 0.2, [True, True, True], backend
+                operands = y, norm, key, value, skip, constant, 0.2, True
+                out, logsumexp, moments = torch.ops.annnet.asymmetric_attention(*operands)
+                torch.testing.assert_close(moments, torch.ops.annnet.batch_norm_moments(out))
+            gradients = torch.ops.annnet.asymmetric_attention_bwd(
+                grad, y, norm, key, value, logsumexp, 0.2, [True, True, True], backend
             )
             return named((out, *gradients))
 
-        plain = plain_of_normalised(y, norm, key, value, addend, grad)
-        return results("triton"), named(plain), named(truth_of_normalised(y, norm, key, value, addend, grad))
+        tensors = (y, norm, key, value, skip, constant, grad)
+        return results("triton"), named(plain_of_normalised(*tensors)), named(truth_of_normalised(*tensors))
 
     assert_as_accurate_as_plain(run, dtype, seeds=SEEDS)
-    assert ak.last_backend("asymmetric_attention_bn_relu") == "triton"
-    assert ak.last_backend("asymmetric_attention_bn_relu_bwd") == "triton"
+    assert ak.last_backend("asymmetric_attention_bwd") == "reference"  # of the truth
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_in_place_is_the_same_sum(layout):
-    y, addend = (random_map((1, c, 7, 11), torch.float32, layout, DEVICE) for c in (13, 40))
+    y, skip = (random_map((1, c, 7, 11), torch.float32, layout, DEVICE) for c in (13, 40))
     key, value = (random_tokens(1, c, 43, torch.float32, device=DEVICE) for c in (13, 40))
-    operands = (y, *random_norm(13), key, value)
-    out, _ = torch.ops.annnet.asymmetric_attention_bn_relu(*operands, addend, 0.2)
-    torch.ops.annnet.asymmetric_attention_bn_relu_(*operands, addend, 0.2)
-    assert torch.equal(addend, out)
+    operands = (y, random_norm(13, DEVICE), key, value, skip, torch.randn(40, device=DEVICE), 0.2, False)
+    out, _, _ = torch.ops.annnet.asymmetric_attention(*operands)
+    torch.ops.annnet.asymmetric_attention_(*operands)
+    assert torch.equal(skip, out)
 
 
-def plain_of_normalised(y, norm, key, value, addend, grad):
+def plain_of_normalised(y, norm, key, value, skip, constant, grad):
     """The published operations in the dtype of y: batch norm in float32, rounded; attention; sum."""
-    mean, invstd, weight, bias = (v[None, :, None, None] for v in norm)
+    mean, invstd, weight, bias = norm[:, None, :, None, None]
     z = ((y.float() - mean) * invstd * weight + bias).to(y.dtype).relu().requires_grad_()
     leaves = [z, *(x.detach().requires_grad_() for x in (key, value))]
     out = plain_attention(*leaves, 0.2)
     gradients = torch.autograd.grad(out, leaves, grad)
-    return out if addend is None else out + addend, *gradients
+    out = out + constant.to(y.dtype)[:, None, None]
+    return out if skip is None else out + skip, *gradients
 
 
 def test_rectifying_keeps_nan():
     y = torch.randn(1, 8, 3, 5, device=DEVICE)
     y[0, 2, 1, 1] = float("nan")
     key, value = (random_tokens(1, c, 9, torch.float32, device=DEVICE) for c in (8, 6))
-    out, _ = torch.ops.annnet.asymmetric_attention_bn_relu(y, *random_norm(8), key, value, None, 0.2)
+    out, _, _ = torch.ops.annnet.asymmetric_attention(y, random_norm(8, DEVICE), key, value, None, None, 0.2, False)
     assert out[0, :, 1, 1].isnan().all()
     assert out.isnan().sum() == 6

@@ -113,7 +113,7 @@ def test_accuracy_of_cut_maps(layout, dtype):
 
 def forward_and_backward(x: Tensor, grad: Tensor, channels_last: bool = False) -> tuple[Tensor, Tensor]:
     heights, widths = levels(SHORT)
-    tokens = torch.ops.annnet.pyramid_pool(x, heights, widths)
+    tokens = torch.ops.annnet.pyramid_pool(x, None, heights, widths)
     size = list(x.shape[2:])
     return tokens, torch.ops.annnet.pyramid_pool_bwd(grad, size, heights, widths, channels_last, "triton")
 
@@ -161,7 +161,7 @@ def test_bytes(shape, dtype, layout):
     grad = random_token_gradient(1, 16, 110, dtype)
     size = x.numel() * x.element_size()
     with counted_bytes() as forward:
-        tokens = torch.ops.annnet.pyramid_pool(x, SIZES, SIZES)
+        tokens = torch.ops.annnet.pyramid_pool(x, None, SIZES, SIZES)
     with counted_bytes() as backward:
         torch.ops.annnet.pyramid_pool_bwd(grad, list(shape[2:]), SIZES, SIZES, layout == "channels_last", "triton")
     ratios = {
@@ -187,11 +187,11 @@ def test_bytes_of_rectified(layout, with_map):
     gradients = gradients if with_map else (gradients[0], None)
     operators, size = torch.ops.annnet, y.numel() * y.element_size()
     with counted_bytes() as forward:
-        operators.pyramid_pool_bn_relu(y, *norm, SIZES, SIZES)
+        operators.pyramid_pool(y, norm, SIZES, SIZES)
     with counted_bytes() as sums:
-        operators.bn_relu_bwd_sums(y, *norm, *gradients, SIZES, SIZES, "triton")
+        operators.bn_relu_bwd_sums(y, norm, *gradients, SIZES, SIZES, "triton")
     with counted_bytes() as backward:
-        operators.bn_relu_bwd_input(y, *norm, *gradients, means, SIZES, SIZES, "triton")
+        operators.bn_relu_bwd_input(y, norm, *gradients, means, SIZES, SIZES, "triton")
     loads = [count["load"] / size for count in (forward, sums, backward)]
     stores = [count["store"] / size for count in (forward, sums, backward)]
     print(layout, with_map, "loads", [round(x, 3) for x in loads], "stores", [round(x, 3) for x in stores])
@@ -211,7 +211,7 @@ def test_non_finite_pixel_reaches_only_its_bins(layout, bad):
     x = random_map((1, 5, 33, 40), torch.float32, layout, DEVICE)
     row, column, channel = 16, 20, 3  # in two bins of some levels: on their edges
     x[0, channel, row, column] = bad
-    spoiled = ~torch.ops.annnet.pyramid_pool(x, SIZES, SIZES).isfinite().cpu()
+    spoiled = ~torch.ops.annnet.pyramid_pool(x, None, SIZES, SIZES).isfinite().cpu()
     regions = ak.token_regions(SIZES, (33, 40))
     holds = torch.tensor([r.top <= row < r.bottom and r.left <= column < r.right for r in regions])
     assert torch.equal(spoiled[0, channel], holds)
@@ -262,7 +262,7 @@ def test_touches_nothing_beyond_its_tensors(shape, channels_last):
     heights, widths = levels(SHORT)
     expected = forward_and_backward(x, grad, channels_last)
     outputs = [surrounded(torch.zeros_like(t)) for t in expected]
-    launches.pyramid_pool(surrounded(x)[0], heights, widths, outputs[0][0])
+    launches.pyramid_pool(surrounded(x)[0], None, heights, widths, outputs[0][0])
     launches.pyramid_pool_bwd(surrounded(grad)[0], shape[2:], heights, widths, channels_last, outputs[1][0])
     for (ours, memory), reference in zip(outputs, expected, strict=True):
         assert torch.equal(ours, reference)
@@ -276,7 +276,7 @@ def test_offsets_beyond_32_bits():
     for strides in ((0, stride, 4, 1), (0, 4, stride, 1), (0, 12, 4, stride), (0, 1, stride, 3)):
         x = memory.as_strided((1, 3, 3, 3), strides)
         x.copy_(torch.randn(1, 3, 3, 3))
-        far, near = (torch.ops.annnet.pyramid_pool(m, [1, 2], [1, 2]) for m in (x, x.contiguous()))
+        far, near = (torch.ops.annnet.pyramid_pool(m, None, [1, 2], [1, 2]) for m in (x, x.contiguous()))
         assert torch.equal(far, near)
 
 
@@ -287,7 +287,7 @@ def test_offsets_beyond_32_bits():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_accuracy_of_rectified_layouts(layout, dtype):
     assert_rectified_accurate((1, 9, 13, 11), dtype, "triton", layout, sizes=SHORT, device=DEVICE, seeds=SEEDS)
-    for operator in ("pyramid_pool_bn_relu", "bn_relu_bwd_sums", "bn_relu_bwd_input"):
+    for operator in ("pyramid_pool", "bn_relu_bwd_sums", "bn_relu_bwd_input"):
         assert ak.last_backend(operator) == "triton"
 
 
@@ -315,16 +315,16 @@ def test_rectifying_keeps_nan():
     y = torch.randn(1, 4, 9, 9, device=DEVICE)
     y[0, 1, 4, 4] = float("nan")
     norm = random_norm(4, DEVICE)
-    tokens = torch.ops.annnet.pyramid_pool_bn_relu(y, *norm, [1], [1])
+    tokens = torch.ops.annnet.pyramid_pool(y, norm, [1], [1])
     assert torch.equal(tokens.isnan().flatten().cpu(), torch.tensor([False, True, False, False]))
     grad = torch.ones_like(y)
-    dy = torch.ops.annnet.bn_relu_bwd_input(y, *norm, None, grad, None, [1], [1], "triton")
+    dy = torch.ops.annnet.bn_relu_bwd_input(y, norm, None, grad, None, [1], [1], "triton")
     assert dy[0, 1, 4, 4] == norm[1][1] * norm[2][1]
 
 
 def test_rectified_batch_of_none():
     y, norm = torch.empty(0, 4, 9, 9, device=DEVICE), random_norm(4, DEVICE)
-    assert torch.ops.annnet.pyramid_pool_bn_relu(y, *norm, SIZES, SIZES).shape == (0, 4, 110)
-    sums = torch.ops.annnet.bn_relu_bwd_sums(y, *norm, None, y, SIZES, SIZES, "triton")
+    assert torch.ops.annnet.pyramid_pool(y, norm, SIZES, SIZES).shape == (0, 4, 110)
+    sums = torch.ops.annnet.bn_relu_bwd_sums(y, norm, None, y, SIZES, SIZES, "triton")
     assert torch.equal(sums.cpu(), torch.zeros(2, 4))
-    assert torch.ops.annnet.bn_relu_bwd_input(y, *norm, None, y, sums, SIZES, SIZES, "triton").shape == y.shape
+    assert torch.ops.annnet.bn_relu_bwd_input(y, norm, None, y, sums, SIZES, SIZES, "triton").shape == y.shape

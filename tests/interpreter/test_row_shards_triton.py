@@ -19,7 +19,7 @@ def test_bands_add_up_to_the_tokens():
     for top, rows in ((0, 1), (1, 3), (4, 5)):
         band = Band(top, rows, 9, SIZES, SIZES)
         with ak.use_backend("triton"):
-            lines = torch.ops.annnet.pyramid_pool(x[:, :, top : top + rows], *band.row_sizes)
+            lines = torch.ops.annnet.pyramid_pool(x[:, :, top : top + rows], None, *band.row_sizes)
         total = total + band.add_rows(lines.transpose(1, 2))
         back = band.spread(weights.transpose(1, 2)).transpose(1, 2)
         spread.append(torch.ops.annnet.pyramid_pool_bwd(back, [rows, 10], *band.row_sizes, False, "triton"))
