@@ -189,7 +189,7 @@ def _described(value: Any) -> str:
 def _route() -> None:
     """Operators on CPU tensors are served as on a GPU, by the launches that a Hopper GPU would get."""
     from annnet_kernels.kernels import launch
-    from annnet_kernels.ops import products, registration
+    from annnet_kernels.ops import registration
 
     cuda = torch.device("cuda", 0)
     choose = registration.choose_backend
@@ -199,6 +199,3 @@ def _route() -> None:
 
     registration.choose_backend = choose_for_cuda  # type: ignore[attr-defined]
     launch.INTERPRETER = launch.Device(CAPABILITY, MULTIPROCESSORS)  # what a CPU tensor counts as
-    for name in ("_HAS_KERNELS", "_IS_FASTER"):  # the C++ products of a CPU
-        if hasattr(products, name):
-            setattr(products, name, False)

@@ -1,0 +1,86 @@
+"""Which tests of the Triton kernels a GPU runs. The rest is left to the interpreter, which runs all of them.
+
+Every kernel variant takes a second or two to compile, and all tests need about 600. What a GPU can show beyond the
+interpreter is what the compiler makes of a layout and a dtype, so that a GPU takes bfloat16, the dtype of training, and
+of the other dtypes what ``OTHER_DTYPES`` names. Image sizes, masks and splits are the same code on both.
+``tests/test_gpu_variants.py`` counts the variants.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+OTHER_DTYPES = {
+    # float32 without tensor cores and float16 have tiles of their own: one shape or layout each.
+    "test_accuracy_of_shapes": {"shape": [(1, 64, 96, 9, 17, 110)]},
+    "test_accuracy_of_views": {"layout": ["transposed"]},
+    "test_accuracy_of_layouts": {"layout": ["channels_last"]},
+    "test_accuracy_of_map_layouts": {"layout": ["channels_last"]},
+    "test_accuracy_of_rectified_layouts": {"layout": ["channels_last"]},
+    "test_prologue_and_addend": {"layout": ["channels_last"], "tokens": [43]},
+}
+"""Tests that a GPU runs in float32 and float16 too, with these parameters alone."""
+
+LEFT_OUT = {
+    "test_accuracy_of_shapes": {
+        "shape": [
+            # Attention: one row, one pixel, one token, one token more than a block, one channel.
+            (2, 48, 19, 1, 37, 64),
+            (2, 40, 24, 1, 1, 128),
+            (1, 16, 20, 12, 11, 1),
+            (1, 16, 36, 5, 9, 129),
+            (1, 1, 1, 2, 2, 2),
+            # Pooling and batch norm: small maps, one row or column; large ones stay.
+            (2, 19, 13, 11),
+            (1, 7, 5, 3),
+            (1, 5, 1, 20),
+            (1, 3, 20, 1),
+            (1, 2, 1, 1),
+            (1, 68, 9, 40),
+            (3, 5, 1, 20),
+            (3, 5, 20, 1),
+            (40, 3, 1, 1),
+            (1, 70, 8, 16),
+        ]
+    },
+    "test_accuracy_of_wide_channels": {"shape": [(1, 512, 19, 3, 5, 13)]},
+    "test_accuracy_of_map_layouts": {"layout": ["transposed", "expanded"]},
+    "test_accuracy_of_token_layouts": {"layout": ["slice", "expanded"]},
+    "test_accuracy_of_layouts": {"layout": ["transposed", "expanded"]},
+    "test_accuracy_of_rectified_layouts": {"layout": ["slice", "transposed", "expanded"]},
+    "test_accuracy_of_views": {"layout": ["transposed"]},
+    "test_accuracy_of_gradient_layouts": {"grad_layout": ["slice", "expanded"]},
+    "test_accuracy_of_pyramids": {"height": [2], "sizes": [(1,), (11,), (1, 2, 3, 6)]},
+    "test_accuracy_of_peaked_softmax": {"magnitude": [8.0], "tokens": [200]},
+    "test_accuracy_of_unusual_scales": {"scale": [0.0, -0.3]},
+    "test_prologue_and_addend": {"layout": ["slice", "transposed", "expanded"]},
+    "test_gradients_that_are_not_needed": {
+        "needs": [(True, True, False), (True, False, True), (False, True, False), (False, False, False)],
+        "tokens": [150],
+    },
+    "test_accuracy_of_what_may_be_absent": {"layout": ["nchw"]},
+    "test_accuracy_far_from_zero": {"ratio": [5, 1000]},
+    "test_a_map_of_several_parts": {"layout": ["nchw", "channels_last"]},
+    "test_the_relu_lets_nan_pass_and_holds_back_infinite_gradients": {"layout": ["nchw"]},
+    "test_memory_around_a_map_is_not_read": {"channels_last": [False]},
+    "test_touches_nothing_beyond_its_tensors": {"layout": ["transposed"], "tokens": [150]},
+    "test_non_finite_pixel_spoils_only_its_own_output": {"tokens": [150]},
+    "test_bands_add_up_to_the_tokens": None,
+}
+"""What a GPU leaves to the interpreter: a test with one of these parameters, or the whole test where none is named."""
+
+
+def is_left_out(item: pytest.Item) -> bool:
+    """Whether a GPU does not run this test with these parameters."""
+    if not isinstance(item, pytest.Function):
+        return False
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    name = item.originalname
+    left_out = LEFT_OUT.get(name, {})
+    if left_out is None:
+        return True
+    if parameters.get("dtype", torch.bfloat16) != torch.bfloat16:
+        wanted = OTHER_DTYPES.get(name)
+        return wanted is None or not all(parameters.get(key) in values for key, values in wanted.items())
+    return any(key in parameters and parameters[key] in values for key, values in left_out.items())
