@@ -24,6 +24,8 @@ PRECISIONS = [
     pytest.param("cuda", torch.bfloat16, id="cuda-bfloat16", marks=CUDA),
     pytest.param("cuda", torch.float16, id="cuda-float16", marks=CUDA),
 ]
+SCALED = [p for p in PRECISIONS if p.id != "cuda-bfloat16"]
+"""Gradients are scaled for float16; on a GPU a second dtype would compile 17 more kernel variants."""
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,7 +86,7 @@ def scaled_step(block, maps, weights, device, dtype, scale):
     return found | {f"grad {name}": p.grad for name, p in block.named_parameters()}
 
 
-@pytest.mark.parametrize(("device", "dtype"), PRECISIONS[1:])  # the first, unscaled: test_blocks.py
+@pytest.mark.parametrize(("device", "dtype"), SCALED[1:])  # the first, unscaled: test_blocks.py
 def test_a_scaled_step_is_as_accurate_as_plain(kind, device, dtype):
     def run(seed):
         fused, plain = (block.to(device) for block in build(kind))
@@ -107,13 +109,13 @@ def is_nothing(name, truth):
     return float(truth[name].norm()) < 1e-9 * float(truth[weight].norm())
 
 
-@pytest.mark.parametrize(("device", "dtype"), PRECISIONS)
+@pytest.mark.parametrize(("device", "dtype"), SCALED)
 def test_an_overflow_skips_the_step(kind, device, dtype):
     block = build(kind)[0].float().to(device)
     before = copy.deepcopy(block.state_dict())
     optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler(device, init_scale=4.0)
-    maps = [torch.randn(shape, device=device) for shape in MAPS[kind]]
+    maps = [torch.randn(b, c, 4 * h, 4 * w, device=device) for b, c, h, w in MAPS[kind]]
     for factor, moves in ((torch.inf, False), (1.0, True)):
         optimizer.zero_grad()
         with torch.autocast(device, dtype):

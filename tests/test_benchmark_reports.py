@@ -83,7 +83,9 @@ class TestReport:
         assert "output 0: error 2.0e-01" in text
         assert "out of memory: b in" in text
         assert "needs 12.0 GiB" in text
-        assert "| a | WRONG |" in report.markdown(record)
+        markdown = report.markdown(record).splitlines()
+        assert any(line.startswith("| a | WRONG |") for line in markdown)
+        assert markdown[2].startswith("**WRONG: a in")
 
 
 class TestCompare:

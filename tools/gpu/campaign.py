@@ -100,7 +100,12 @@ class Campaign:
         try:
             for stage in group:
                 seconds = min(stage.seconds * self.scale, left)
-                running[stage] = self._start(stage, seconds)
+                try:
+                    running[stage] = self._start(stage, seconds)
+                except OSError as error:
+                    entry = {"status": FAILED, "tree": self.tree, "exit_code": None, "reason": str(error)}
+                    self.store.record["stages"][stage.name] = entry
+                    self.store.note(f"{stage.name}: {FAILED}: {error}")
             while running:
                 for stage, process in list(running.items()):
                     if process.poll():
