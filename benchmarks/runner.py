@@ -73,8 +73,9 @@ def drop_frames(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
-        error, earlier = error.__cause__ or error.__context__, error
-        earlier.__cause__ = earlier.__context__ = None
+        earlier = error.__cause__ or error.__context__
+        error.__cause__ = error.__context__ = None
+        error = earlier
 
 
 def _forget_earlier_cases() -> None:

@@ -24,8 +24,9 @@ PRECISIONS = [
     pytest.param("cuda", torch.bfloat16, id="cuda-bfloat16", marks=CUDA),
     pytest.param("cuda", torch.float16, id="cuda-float16", marks=CUDA),
 ]
+UNSCALED = [p for p in PRECISIONS if p.id != "cuda-float16"]
 SCALED = [p for p in PRECISIONS if p.id != "cuda-bfloat16"]
-"""Gradients are scaled for float16; on a GPU a second dtype would compile 17 more kernel variants."""
+"""Gradients are scaled for float16; on a GPU another dtype would compile more kernel variants in every test."""
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,7 +37,7 @@ def kind(request):
     return request.param
 
 
-@pytest.mark.parametrize(("device", "dtype"), PRECISIONS)
+@pytest.mark.parametrize(("device", "dtype"), UNSCALED)
 def test_the_rule(device, dtype):
     maps = {d: torch.randn(2, 6, 9, 7, dtype=d, device=device) for d in (torch.float32, dtype, torch.float64)}
     tokens = {d: torch.randn(2, 6, 5, dtype=d, device=device) for d in maps}
@@ -56,7 +57,7 @@ def test_the_rule(device, dtype):
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
-@pytest.mark.parametrize(("device", "dtype"), PRECISIONS)
+@pytest.mark.parametrize(("device", "dtype"), UNSCALED)
 def test_autocast_changes_nothing_inside_an_operator(device, dtype, backend):
     def attend(*operands):
         out, attention = ak.asymmetric_attention(*operands, return_attention=True)

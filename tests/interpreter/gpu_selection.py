@@ -8,6 +8,8 @@ of the other dtypes what ``OTHER_DTYPES`` names. Image sizes, masks and splits a
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -32,43 +34,35 @@ LEFT_OUT = {
             (1, 16, 20, 12, 11, 1),
             (1, 16, 36, 5, 9, 129),
             (1, 1, 1, 2, 2, 2),
-            # Pooling and batch norm: small maps, one row or column; one large map stays.
+            # Pooling: small maps, one row or column; large ones stay.
             (2, 19, 13, 11),
             (1, 7, 5, 3),
             (1, 5, 1, 20),
             (1, 3, 20, 1),
             (1, 2, 1, 1),
             (1, 68, 9, 40),
-            (3, 5, 1, 20),
-            (3, 5, 20, 1),
-            (40, 3, 1, 1),
-            (1, 70, 8, 16),
             (3, 80, 65, 129),
-            (1, 80, 128, 256),
         ]
     },
-    "test_accuracy_of_wide_channels": {"shape": [(1, 512, 19, 3, 5, 13)]},
-    "test_accuracy_of_map_layouts": {"layout": ["nchw", "transposed", "expanded"]},
-    "test_accuracy_of_token_layouts": {"layout": ["slice", "expanded"]},
+    "test_batch_norm_triton.py::test_accuracy_of_shapes": None,
+    "test_accuracy_of_wide_channels": None,
+    "test_accuracy_of_map_layouts": {"layout": ["nchw", "channels_last", "transposed", "expanded"]},
+    "test_accuracy_of_token_layouts": None,
     "test_accuracy_of_layouts": {"layout": ["slice", "transposed", "expanded"]},
     "test_accuracy_of_rectified_layouts": {"layout": ["slice", "transposed", "expanded"]},
     "test_accuracy_of_views": {"layout": ["transposed", "expanded"]},
-    "test_accuracy_of_gradient_layouts": {"grad_layout": ["slice", "expanded"]},
+    "test_accuracy_of_gradient_layouts": {"grad_layout": ["slice", "expanded"], "layout": ["nchw"]},
     "test_accuracy_of_pyramids": {"height": [2], "sizes": [(1,), (11,), ((2, 5), 3), (1, 2, 3, 6)]},
     "test_accuracy_of_peaked_softmax": {"magnitude": [8.0], "tokens": [200]},
     "test_accuracy_of_unusual_scales": {"scale": [0.0, -0.3]},
     "test_prologue_and_addend": {"layout": ["slice", "transposed", "expanded"], "tokens": [150]},
     "test_gradients_that_are_not_needed": {
         "needs": [
-            (True, True, False),
-            (True, False, True),
-            (False, True, False),
-            (False, False, True),
-            (False, False, False),
+            n for n in itertools.product((True, False), repeat=3) if n not in ((True,) * 3, (True, False, False))
         ],
         "tokens": [150],
     },
-    "test_accuracy_of_what_may_be_absent": {"layout": ["nchw"], "absent": ["relu"]},
+    "test_accuracy_of_what_may_be_absent": {"layout": ["nchw"], "absent": ["relu", "dropout"]},
     "test_accuracy_far_from_zero": {"ratio": [5, 1000]},
     "test_a_map_of_several_parts": {"layout": ["nchw", "channels_last"]},
     "test_the_relu_lets_nan_pass_and_holds_back_infinite_gradients": {"layout": ["nchw"]},
@@ -87,7 +81,7 @@ def is_left_out(item: pytest.Item) -> bool:
         return False
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     name = item.originalname
-    left_out = LEFT_OUT.get(name, {})
+    left_out = LEFT_OUT.get(f"{item.path.name}::{name}", LEFT_OUT.get(name, {}))
     if left_out is None:
         return True
     if parameters.get("dtype", torch.bfloat16) != torch.bfloat16:

@@ -92,8 +92,8 @@ class Campaign:
             return True
         changed = entry["tree"] != self.tree
         if stage.preparation:
-            return changed or not self.store.had_caches
-        return entry["status"] == FAILED and changed
+            return bool(changed) or not self.store.had_caches
+        return bool(entry["status"] == FAILED and changed)
 
     def _run_group(self, group: Sequence[Stage], left: float) -> None:
         running: dict[Stage, Process] = {}

@@ -107,13 +107,11 @@ def accuracy(place: Path, seconds: float, device: torch.device = DEVICE) -> int:
         try:
             problem = Problem(case, source)
             entrants = [Contestant(p, problem) for p in providers(case, "quick") if p.name in (OURS, PLAIN)]
-            verdicts = check(
-                entrants,
-                problem,
-                5,
-                lambda contestant, error: errors.setdefault(contestant.provider.name, first_line(error)),  # noqa: B023
-                lambda: time.monotonic() < until,
-            )
+
+            def failed(contestant: Contestant, error: Exception, errors: dict[str, str] = errors) -> None:
+                errors[contestant.provider.name] = first_line(error)
+
+            verdicts = check(entrants, problem, 5, failed, lambda: time.monotonic() < until)
             found[case.name] = {name: asdict(verdict) for name, verdict in verdicts.items()} | errors
         except Exception as error:  # the other block goes on
             found[case.name] = {OURS: first_line(error)}

@@ -116,7 +116,7 @@ def _by_profiler(step: Call, device: torch.device) -> Kernels:
     except Exception as error:
         print(f"the profiler is refused: {first_line(error)}")
         return {}
-    on_device = [e for e in averages if e.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [e for e in averages if e.device_type.name == "CUDA"]
     return {e.key: (e.count, float(e.self_device_time_total)) for e in on_device}
 
 
@@ -138,7 +138,7 @@ def _by_events(step: Call, device: torch.device) -> Kernels:
             ours = function.namespace == "annnet"  # its launches are timed one by one
             return call() if ours or function.is_view else timed(str(function), call)
 
-    with _each_launch(lambda launch, run: timed(launch.kernel.__name__, run)), EveryOperator():
+    with _each_launch(lambda launch, run: timed(launch.kernel.__name__, run)), EveryOperator():  # type: ignore[no-untyped-call]
         for _ in range(STEPS):
             step()
     synchronize(device)
@@ -158,7 +158,7 @@ def _mark(device: torch.device) -> Any:
 
 
 def _microseconds(start: Any, end: Any) -> float:
-    return (end - start) * 1e6 if isinstance(start, float) else start.elapsed_time(end) * 1e3
+    return float((end - start) * 1e6 if isinstance(start, float) else start.elapsed_time(end) * 1e3)
 
 
 def operand_bytes(step: Call) -> Counter[str]:
@@ -178,7 +178,7 @@ def operand_bytes(step: Call) -> Counter[str]:
 def _each_launch(around: Callable[[Launch, Callable[[], None]], Any]) -> Iterator[None]:
     """``around(launch, run)`` in the place of every launch of ours."""
     original = Launch.run
-    Launch.run = lambda self: around(self, lambda: original(self))  # type: ignore[method-assign, assignment]
+    Launch.run = lambda self: around(self, lambda: original(self))  # type: ignore[method-assign]
     try:
         yield
     finally:

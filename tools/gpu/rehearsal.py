@@ -22,11 +22,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.records import RECORD
+
 from .__main__ import new_record
 from .campaign import RESERVE, Campaign, Command
 from .finish import finish
 from .stages import STAGES, Stage
-from .store import DONE, FAILED, MAX_FILE_BYTES, MAX_FILES, PARTIAL, RECORD, Record, Store
+from .store import DONE, FAILED, MAX_FILE_BYTES, MAX_FILES, PARTIAL, Record, Store
 from .tree import ROOT
 
 CORES = 16

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import json
 import sys
 from collections import Counter
@@ -65,17 +66,21 @@ def _ignore_assertions() -> None:
     def evaluate_only(tree: ast.Module, *_: Any) -> None:
         ast.fix_missing_locations(_EvaluateOnly().visit(tree))
 
-    rewrite.rewrite_asserts = evaluate_only
-    rewrite._read_pyc = lambda *_, **__: None  # what an ordinary run has rewritten
-    sys.dont_write_bytecode = True
-    torch.testing.assert_close = lambda *_, **__: None  # type: ignore[assignment]
-    sys.path.insert(0, str(TESTS))
-    import helpers
-
     def run_once(run: Any, *_: Any, **__: Any) -> None:
         run(0)
 
-    helpers.assert_as_accurate_as_plain = run_once
+    def nothing(*_: Any, **__: Any) -> None:
+        return None
+
+    sys.path.insert(0, str(TESTS))
+    for module, name, replacement in (
+        (rewrite, "rewrite_asserts", evaluate_only),
+        (rewrite, "_read_pyc", nothing),  # what an ordinary run has rewritten
+        (torch.testing, "assert_close", nothing),
+        (importlib.import_module("helpers"), "assert_as_accurate_as_plain", run_once),
+    ):
+        setattr(module, name, replacement)
+    sys.dont_write_bytecode = True
 
 
 def count(tests: Sequence[str], mode: str = "record") -> tuple[list[Variant], Counter[str], int]:

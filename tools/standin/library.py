@@ -27,7 +27,16 @@ def build() -> Path:
     folder.mkdir(exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / NAME
-        command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-O1", f"-Wl,-soname,{NAME}", "-o", made, SOURCE]
+        command = [
+            os.environ.get("CC", "cc"),
+            "-shared",
+            "-fPIC",
+            "-O1",
+            f"-Wl,-soname,{NAME}",
+            "-o",
+            str(made),
+            str(SOURCE),
+        ]
         try:
             done = subprocess.run(command, capture_output=True, text=True)
         except OSError as error:

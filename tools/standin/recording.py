@@ -192,10 +192,11 @@ def _route() -> None:
     from annnet_kernels.ops import registration
 
     cuda = torch.device("cuda", 0)
-    choose = registration.choose_backend
+    namespace: Any = registration
+    choose = namespace.choose_backend
 
     def choose_for_cuda(operator: str, device: torch.device, dtype: torch.dtype, *rest: Any, **options: Any) -> str:
-        return choose(operator, cuda, dtype, *rest, **options)
+        return str(choose(operator, cuda, dtype, *rest, **options))
 
-    registration.choose_backend = choose_for_cuda  # type: ignore[attr-defined]
+    namespace.choose_backend = choose_for_cuda
     launch.INTERPRETER = launch.Device(CAPABILITY, MULTIPROCESSORS)  # what a CPU tensor counts as
