@@ -55,20 +55,23 @@ LEFT_OUT = {
     "test_accuracy_of_pyramids": {"height": [2], "sizes": [(1,), (11,), ((2, 5), 3), (1, 2, 3, 6)]},
     "test_accuracy_of_peaked_softmax": {"magnitude": [8.0], "tokens": [200]},
     "test_accuracy_of_unusual_scales": {"scale": [0.0, -0.3]},
-    "test_prologue_and_addend": {"layout": ["slice", "transposed", "expanded"], "tokens": [150]},
+    "test_prologue_and_addend": {
+        "layout": ["slice", "transposed", "expanded"],
+        "tokens": [150],
+        "with_addend": [False],
+    },
     "test_gradients_that_are_not_needed": {
-        "needs": [
-            n for n in itertools.product((True, False), repeat=3) if n not in ((True,) * 3, (True, False, False))
-        ],
+        "needs": [needs for needs in itertools.product((True, False), repeat=3) if needs != (True, False, False)],
         "tokens": [150],
     },
-    "test_accuracy_of_what_may_be_absent": {"layout": ["nchw"], "absent": ["relu", "dropout"]},
-    "test_accuracy_far_from_zero": {"ratio": [5, 1000]},
+    "test_accuracy_of_what_may_be_absent": {"layout": ["nchw"], "absent": ["relu", "dropout", "with_statistics"]},
+    "test_accuracy_far_from_zero": None,
     "test_a_map_of_several_parts": {"layout": ["nchw", "channels_last"]},
     "test_the_relu_lets_nan_pass_and_holds_back_infinite_gradients": {"layout": ["nchw"]},
     "test_memory_around_a_map_is_not_read": None,
     "test_touches_nothing_beyond_its_tensors": {"layout": ["transposed"], "tokens": [150]},
-    "test_non_finite_pixel_spoils_only_its_own_output": {"tokens": [150]},
+    "test_non_finite_pixel_spoils_only_its_own_output": {"layout": ["channels_last"], "tokens": [150]},
+    "test_accuracy_of_cut_maps": {"layout": ["nchw"]},
     "test_bands_add_up_to_the_tokens": None,
     "test_a_sharded_block_equals_the_whole_one": None,
 }
