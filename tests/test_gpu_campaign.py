@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -25,7 +26,8 @@ from benchmarks.records import load
 from tools.gpu import __main__ as command, measuring, products, profiling, stages, summary, tree
 from tools.gpu.campaign import Campaign
 from tools.gpu.lines import outcomes_in
-from tools.gpu.store import DONE, FAILED, RESULT, Store
+from tools.gpu.stages import Stage
+from tools.gpu.store import DONE, FAILED, PARTIAL, RESULT, UNFINISHED, Store
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -133,6 +135,12 @@ class TestSteps:
         assert measuring.measure(tmp_path, 300.0, ["gpu-blocks", "97x97", "ours", "plain eager"], CPU, tiny=True) == 0
         record = load(tmp_path)
         assert len(record["cases"]) == 2
+        first, second = record["cases"]
+        (tmp_path / "benchmark.json").write_text(json.dumps(record | {"cases": [first | {"kept": True}]}))
+        out_of_time = measuring.measure(tmp_path, 0.0, ["gpu-blocks", "97x97", "ours", "plain eager"], CPU, tiny=True)
+        assert out_of_time == UNFINISHED
+        assert [case.get("kept") for case in load(tmp_path)["cases"]] == [True]
+        assert [case["name"] for case in load(tmp_path)["not_run"]] == [second["name"]]
         assert all(p["times_s"] for case in record["cases"] for p in case["providers"])
 
     def test_accuracy(self, tmp_path, monkeypatch):
@@ -172,6 +180,40 @@ def test_failures_are_the_first_lines(tmp_path):
     assert "stage build failed" in lines[2]
 
 
+def test_measurements_of_other_sources_are_replaced_whatever_they_timed(tmp_path):
+    """Or a case that was right once would hide that it is wrong now."""
+    stage, case = Stage("blocks", "measure"), sample_record()["cases"][0]
+    store = Store(tmp_path, None, command.new_record())
+    untimed = copy.deepcopy(case)
+    for row in untimed["providers"]:
+        row.pop("times_s", None)
+    timed = copy.deepcopy(case)
+    timed["providers"] = [row | {"times_s": [1.0]} for row in timed["providers"]]
+    rounds = [("one", timed, timed), ("one", untimed, timed), ("two", untimed, untimed)]
+    for second, (sources, cases, kept) in enumerate(rounds):
+        store.record["stages"][stage.name] = {"status": DONE, "tree": sources}
+        (store.place(stage) / "benchmark.json").write_text(json.dumps(sample_record() | {"cases": [cases]}))
+        os.utime(store.place(stage) / "benchmark.json", times=(second, second))
+        assert store.collect()
+        (found,) = store.record["cases"]
+        assert found["providers"] == kept["providers"], sources
+
+
+def test_a_step_whose_time_was_over_is_gone_on_with(tmp_path):
+    store = Store(tmp_path, None, command.new_record())
+    stage = Stage("one", "x")
+    campaign = Campaign(store, 100.0, "t", lambda *_: [sys.executable, "-c", f"exit({UNFINISHED})"], reserve=0.0)
+    assert campaign.run([stage])
+    assert store.entry(stage)["status"] == PARTIAL
+    assert campaign.is_due(stage)
+
+
+def test_rich_is_not_needed():
+    code = "import sys; sys.modules['rich'] = None; import tools.gpu.steps, tools.gpu.measuring, tools.gpu.profiling"
+    done = python("-c", f"{code}, tools.gpu.products, tools.gpu.finish, tools.gpu.summary, benchmarks.plots")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_stage_that_cannot_start_costs_itself(tmp_path):
     store = Store(tmp_path, None, command.new_record())
 
@@ -179,5 +221,5 @@ def test_a_stage_that_cannot_start_costs_itself(tmp_path):
         return ["/does/not/exist"] if stage.name == "one" else [sys.executable, "-c", "pass"]
 
     campaign = Campaign(store, 100.0, "t", command_of, reserve=0.0)
-    assert not campaign.run([stages.Stage("one", "x"), stages.Stage("two", "x")])
+    assert not campaign.run([Stage("one", "x"), Stage("two", "x")])
     assert {n: e["status"] for n, e in store.record["stages"].items()} == {"one": FAILED, "two": DONE}

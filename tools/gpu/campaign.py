@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .processes import Process
 from .stages import Stage, groups
-from .store import DONE, FAILED, OUTPUT, PARTIAL, RUNNING, Store
+from .store import DONE, FAILED, OUTPUT, PARTIAL, RUNNING, UNFINISHED, Store
 from .tree import ROOT
 
 RESERVE = 15.0
@@ -106,6 +106,7 @@ class Campaign:
                     entry = {"status": FAILED, "tree": self.tree, "exit_code": None, "reason": str(error)}
                     self.store.record["stages"][stage.name] = entry
                     self.store.note(f"{stage.name}: {FAILED}: {error}")
+            self.store.save()
             while running:
                 for stage, process in list(running.items()):
                     if process.poll():
@@ -132,7 +133,10 @@ class Campaign:
     def _finish(self, stage: Stage, process: Process) -> None:
         self.store.collect()
         unreadable = self.store.unreadable.get(self.store.place(stage))
-        status = PARTIAL if process.timed_out else DONE if process.code == 0 and unreadable is None else FAILED
+        if process.timed_out or (process.code == UNFINISHED and unreadable is None):
+            status = PARTIAL
+        else:
+            status = DONE if process.code == 0 and unreadable is None else FAILED
         self.store.record["stages"][stage.name] = {
             "status": status,
             "tree": self.tree,

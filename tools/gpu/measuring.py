@@ -15,11 +15,12 @@ from benchmarks import features, report
 from benchmarks.cases import CASES, MODEL, Case, select
 from benchmarks.problem import Contestant, Problem
 from benchmarks.providers import EFFORTS, OURS, PLAIN, providers
-from benchmarks.runner import Options, first_line
+from benchmarks.records import RECORD, load
+from benchmarks.runner import NO_TIME, Options, first_line
 from benchmarks.session import Session
 from benchmarks.verify import check
 
-from .store import RESULT
+from .store import RESULT, UNFINISHED
 
 DEVICE = torch.device("cuda")
 FIRST_SIZE = (97, 97)
@@ -47,6 +48,8 @@ def measure(
 ) -> int:
     """A session over the chosen cases, whose record lies in ``place`` and grows with every case.
 
+    Cases that it holds already, since an earlier call was not finished, are kept.
+
     Args:
         tiny: whether to try the step itself, on two tiny float32 cases of each stage.
     """
@@ -55,7 +58,10 @@ def measure(
         small = [replace(c, size=(65, 65) if c.subject == MODEL else (9, 11), batch=1) for c in cases]
         cases = list(dict.fromkeys(replace(case, dtype="float32", layout="nchw") for case in small))[:2]
     until = time.monotonic() + seconds
+    earlier = load(place)["cases"] if (place / RECORD).exists() else []
+    cases = [case for case in cases if case.name not in {known["name"] for known in earlier}]
     session = Session(place, device, features.find_pictures(None))
+    session.record["cases"] = earlier
     settings = Options(effort=effort, seconds=SECONDS_PER_CASE, until=until)
     if tiny:
         settings = replace(settings, seeds=1, seconds=0.05)
@@ -63,7 +69,9 @@ def measure(
         settings.choose = lambda case, effort: [p for p in providers(case, effort) if p.name in names]
     session.measure_limits(sorted({case.dtype for case in cases}))
     session.run(cases, settings)
-    return 1 if report.ours_failed(session.record) else 0
+    if report.ours_failed(session.record):
+        return 1
+    return UNFINISHED if any(entry["reason"] == NO_TIME for entry in session.record["not_run"]) else 0
 
 
 def block_case(block: str, training: bool) -> Case:

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.measure import Call, interleaved, quartiles
 
 from .measuring import DEVICE
-from .store import RESULT
+from .store import RESULT, UNFINISHED
 
 WIDTHS = ((512, 512), (512, 256), (2048, 2048), (2048, 256), (1024, 256))
 """(input, output) channels: the APNB's projections, then the AFNB's."""
@@ -67,7 +67,7 @@ def run(
     for inner, outer in WIDTHS:
         if time.monotonic() >= until:
             print(f"no time left for {inner}→{outer}")
-            continue
+            return UNFINISHED
         made = calls(inner, outer, device, dtype, batch, size)
         samples = interleaved(list(made.values()), device, SECONDS_PER_CALL * len(made))
         flop = 2 * batch * size[0] * size[1] * inner * outer

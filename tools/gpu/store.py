@@ -33,6 +33,8 @@ TABLE, LOG, RESULT, OUTCOMES, OUTPUT, JUNIT = (
     "junit.xml",
 )
 DONE, PARTIAL, FAILED, RUNNING = "done", "not finished in time", "failed", "running"
+UNFINISHED = 3
+"""Exit code of a step that ended by itself because its seconds were over."""
 MAX_FILES, MAX_FILE_BYTES = 8, 16 * 2**20
 _LOG_BYTES = 8 * 2**20
 _OUTPUT_BYTES = 512 * 2**10
@@ -83,9 +85,14 @@ class Store:
 
     def place(self, stage: Stage) -> Path:
         """The folder of a stage."""
-        path = self.folder / "stages" / re.sub(r"[^A-Za-z0-9.-]+", "-", stage.name)
+        path = self.folder / "stages" / self.place_name(stage.name)
         path.mkdir(exist_ok=True)
         return path
+
+    @staticmethod
+    def place_name(stage: str) -> str:
+        """The name of a stage's folder: letters, digits and dashes."""
+        return re.sub(r"[^A-Za-z0-9.-]+", "-", stage)
 
     def empty(self, stage: Stage) -> None:
         """Forget what a stage has written: it belongs to other sources. Measurements stay until they are made again."""
@@ -127,15 +134,17 @@ class Store:
             for key, value in json.loads(path.read_text(errors="replace")).items():
                 self.record[key] = {**self.record.get(key, {}), **value}
         else:
-            self._take_measurements(load(path))
+            self._take_measurements(load(path), path.parent)
 
-    def _take_measurements(self, measured: Record) -> None:
-        """Take a session's cases; one that was measured before with fewer providers that were right is replaced."""
+    def _take_measurements(self, measured: Record, place: Path) -> None:
+        """Take a session's cases in the place of those of other sources, or with fewer providers that were timed."""
         cases = {case["name"]: case for case in self.record["cases"]}
+        trees = {self.place_name(name): entry["tree"] for name, entry in self.record["stages"].items()}
+        tree = trees.get(place.name)
         for case in measured["cases"]:
             earlier = cases.get(case["name"])
-            if earlier is None or _timed(case) >= _timed(earlier):
-                cases[case["name"]] = case
+            if earlier is None or earlier.get("tree") != tree or _timed(case) >= _timed(earlier):
+                cases[case["name"]] = case | {"tree": tree}
         self.record["cases"] = list(cases.values())
         named = {entry["name"]: entry for entry in [*self.record["not_run"], *measured["not_run"]]}
         self.record["not_run"] = [entry for name, entry in named.items() if name not in cases]
