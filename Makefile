@@ -18,7 +18,7 @@ NATIVE_SOURCES := setup.py $(shell find csrc -type f)
 VERSION_TESTS := $(addprefix test_,$(addsuffix .py,asymmetric_attention backends batch_norm blocks distributed export \
 	folding functional info modules native pyramid_pool replace))
 
-.PHONY: bench test test-python test-kernels test-oldest lint native wheel gpu gpu-full clean
+.PHONY: bench test test-python test-kernels test-oldest lint native wheel gpu gpu-full rehearse clean
 
 bench: $(BENCH_READY) $(NATIVE_READY)  ## how much faster and smaller than plain PyTorch, on this machine
 	@echo "make: the benchmark"
@@ -85,10 +85,13 @@ $(OLDEST)/ready: pyproject.toml $(NATIVE_SOURCES) $(shell find annnet_kernels -n
 
 # No network on a GPU machine: the interpreter that has torch runs everything from the checkout.
 gpu:
-	BUDGET=$(BUDGET) OUT=$(OUT) $(PYTHON) -m benchmarks.gpu
+	BUDGET=$(BUDGET) OUT=$(OUT) $(PYTHON) -m tools.gpu
 
 gpu-full:
-	BUDGET=$(BUDGET) OUT=$(OUT) $(PYTHON) -m benchmarks.gpu --full
+	BUDGET=$(BUDGET) OUT=$(OUT) $(PYTHON) -m tools.gpu --full
+
+rehearse: $(READY)  ## the GPU campaign without a GPU: every stage in its real process, kernels compiled for sm_90
+	$(BIN)/python -m tools.gpu.rehearsal
 
 clean:
 	rm -rf build dist *.egg-info annnet_kernels/_C.* .pytest_cache .mypy_cache .ruff_cache

@@ -9,6 +9,7 @@
 | ANNNET_CPU_LEVELS    | instruction levels of the CPU kernels beside the baseline: `native` (default), the      |
 |                      | highest that this processor has; `runnable`, all that it has; `all`, for a wheel that   |
 |                      | other machines install; or names, as `avx2,avx512`                                      |
+| ANNNET_CPU=0         | no CPU part: what a GPU needs takes seconds to build, the CPU's levels minutes          |
 | ANNNET_DEBUG=1       | -O0 -g instead of -O3                                                                   |
 | CXX, MAX_JOBS        | compiler and parallel jobs, as everywhere in PyTorch                                    |
 | CUDA_HOME            | toolkit, instead of that of the nvcc on the PATH                                        |
@@ -175,10 +176,14 @@ def compile_cuda(folder: Path) -> CudaPart | None:
     return CudaPart(kernels, root / "include", re.findall(r",code=(\w+)", " ".join(targets)))
 
 
+def with_cpu_part() -> bool:
+    return os.environ.get("ANNNET_CPU") != "0"
+
+
 def cpu_extension() -> Extension:
     """The CPU part. -fopenmp makes at::parallel_for parallel; at link time it would bring in a second OpenMP runtime
     beside torch's own, so there it is not given and the symbols come from the one that libtorch_cpu is linked to."""
-    sources = ["csrc/host.cpp", "csrc/cpu/levels.cpp"]
+    sources = ["csrc/host.cpp", "csrc/cpu/levels.cpp"] if with_cpu_part() else ["csrc/library.cpp"]
     optimise = ["-O0", "-g"] if os.environ.get("ANNNET_DEBUG") == "1" else ["-O2", "-g0"]
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     return cpp_extension.CppExtension(
@@ -186,6 +191,7 @@ def cpu_extension() -> Extension:
         sources=sources,
         include_dirs=[str(Path("csrc").resolve())],
         # -Wno-…: GCC 12 warns of the undefined vectors in its own immintrin.h.
+        define_macros=[] if with_cpu_part() else [("ANNNET_WITHOUT_CPU", None)],
         extra_compile_args={"cxx": [*optimise, *openmp, "-Wno-maybe-uninitialized"]},
         optional=True,
     )
@@ -231,8 +237,8 @@ else:
                 return
             problem = compiler_problem()
             if problem is None:
-                levels = cpu_levels()
-                print(f"annnet_kernels: building the C++ extension for {', '.join(levels)}", flush=True)
+                levels = cpu_levels() if with_cpu_part() else []
+                print(f"annnet_kernels: building the C++ extension for {', '.join(levels) or 'CUDA'}", flush=True)
                 add_levels(self.extensions[0], levels)
                 problem = self.build_with(self.cuda_part())
             if problem is not None:

@@ -149,6 +149,8 @@ def why_not(
     if dtype == torch.float64:
         return "the Triton kernels accumulate in float32, not in float64"
     if device.type == "cuda":
+        if torch.version.hip is not None:
+            return "the kernels' tiles are made for NVIDIA GPUs; on AMD they would spill registers to memory"
         capability = _capability_of(device)
         if capability < MIN_TRITON_CAPABILITY:
             return f"Triton serves compute capability 8.0 and newer, this GPU has {capability[0]}.{capability[1]}"

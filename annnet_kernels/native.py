@@ -111,9 +111,9 @@ def cpu_level() -> str | None:
     """Instruction level of the CPU kernels: ``"baseline"``, ``"avx2"``, ``"avx512"`` or ``"avx512_bf16"``.
 
     Chosen at load time from the running processor; the environment variable ``ANNNET_CPU_LEVEL`` lowers it. None when
-    the extension is not loaded.
+    the extension is not loaded or has no CPU part.
     """
-    if _load_failure is not None:
+    if why_not("cpu") is not None:
         return None
     level: str = importlib.import_module("annnet_kernels._C").cpu_level()
     return level

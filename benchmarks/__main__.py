@@ -14,11 +14,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; 
 import torch
 from rich.console import Console
 
-from . import accuracy, compare, features, machine, plots, report, results, scaling
+from . import accuracy, compare, features, machine, plots, report, results, scaling, terminal
 from .cases import CASES, select
 from .providers import EFFORTS
+from .records import load
 from .runner import Options
-from .session import Session, load
+from .session import Session
 
 QUICK_SECONDS = 90.0  # of the two minutes that --quick promises; start-up, plots and one late case need the rest
 
@@ -87,7 +88,7 @@ def _run(chosen: argparse.Namespace, console: Console) -> int:
     if not cases:
         raise ValueError(f"--only {' '.join(chosen.only)}: no such case in {', '.join(sets)}")
     out = results.new_folder(machine.device_name(device)) if chosen.record else chosen.out
-    session = Session(out, device, pictures, console)
+    session = Session(out, device, pictures)
     session.measure_limits(sorted({case.dtype for case in cases}))
     options = Options(
         effort=chosen.effort or ("quick" if chosen.quick else "standard"),
@@ -97,9 +98,10 @@ def _run(chosen: argparse.Namespace, console: Console) -> int:
     )
     if chosen.quick:
         options.until = start + QUICK_SECONDS
-    session.run(cases, options)
+    with terminal.progress_bar(console) as session.watch:
+        session.run(cases, options)
     written = write(session.record, out)
-    report.print_record(session.record, console)
+    terminal.print_record(session.record, console)
     console.print(f"Written: {', '.join(str(path) for path in [session.path, *written])}")
     return 1 if report.ours_failed(session.record) else 0
 

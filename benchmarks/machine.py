@@ -8,6 +8,8 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -188,6 +190,24 @@ def limits(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> dict[str, A
 def _fastest(call: Any, device: torch.device) -> float:
     """Seconds of the fastest of several warm calls: a limit is what the machine can do undisturbed."""
     return min([seconds_of(call, device) for _ in range(12)][2:])
+
+
+@contextmanager
+def exact_float32(dtype: str) -> Iterator[None]:
+    """No TF32 while a float32 case runs, in cuDNN's convolutions either, which use it unasked; others run as ever.
+
+    With it plain PyTorch has an error of 4e-4 and would be called wrong, and its time would be that of another
+    computation than ours.
+    """
+    backends: Any = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends if dtype == "float32" else ():
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 def _without_folders(argument: str) -> str:

@@ -6,7 +6,7 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -114,13 +114,23 @@ def replayed(call: Call, device: torch.device, repetitions: int, rotation: int =
             call()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with _stream_kept(device), torch.cuda.graph(graph):
         for _ in range(rotation):
             call()
     graph.replay()
     pending = [_sample(graph.replay, 1, device) for _ in range(repetitions)]
     synchronize(device)
     return [finish() / rotation for finish in pending]
+
+
+@contextmanager
+def _stream_kept(device: torch.device) -> Iterator[None]:
+    """Come back to the present stream whatever happens: a capture that fails leaves the process on its own stream."""
+    stream = torch.cuda.current_stream(device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_stream(stream)
 
 
 def rotating(call: Callable[[Any], Any], inputs: Sequence[Any]) -> Call:

@@ -1,16 +1,11 @@
-"""What a record says, for people: ratios, a table in the terminal, the same in Markdown."""
+"""What a record says, for people: ratios, limits, what went wrong, the table in Markdown."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from .providers import COPY, OURS
-from .runner import NO_TIME, OK, OUT_OF_MEMORY
+from .runner import IMPOSSIBLE, NO_TIME, OK, OUT_OF_MEMORY, WRONG
 
 Record = dict[str, Any]
 
@@ -134,35 +129,6 @@ def has_kernel_times(record: Record) -> bool:
     return any("graph_quartiles_s" in p for case in record["cases"] for p in case["providers"])
 
 
-def print_record(record: Record, console: Console) -> None:
-    """The table, and what it does not show."""
-    kernel = has_kernel_times(record)
-    console.print(describe(record))
-    for case in record["cases"]:
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for index, heading in enumerate(HEADINGS + (KERNEL_HEADINGS if kernel else ())):
-            table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
-        for row in rows(case):
-            table.add_row(*(_styled(text, row, i) for i, text in enumerate(cells(row, kernel))))
-        console.print(Text(case["name"], style="bold"))
-        if note := limit_note(case, record["limits"]):
-            console.print(Text(note, style="dim"))
-        console.print(table)
-    console.print(f"Ratios above 1: ours is faster, or smaller. Input: {record['input']['features']}.")
-    for line in remarks(record):
-        console.print(line)
-
-
-def _styled(text: str, row: Row, column: int) -> Text:
-    """Green where ours wins clearly, red where it loses or something failed."""
-    if row.status != OK:
-        return Text(text, style="red" if row.status != NO_TIME else "yellow")
-    ratio = {1: row.slower, 2: row.larger, len(HEADINGS): row.kernel_slower}.get(column)
-    if ratio is None or row.provider == OURS or abs(ratio - 1) <= 0.05:
-        return Text(text)
-    return Text(text, style="green" if ratio > 1 else "red")
-
-
 def describe(record: Record) -> str:
     environment = record["environment"]
     threads = "" if environment["device"] == "cuda" else f", {environment['threads']} threads"
@@ -172,13 +138,24 @@ def describe(record: Record) -> str:
     )
 
 
-def remarks(record: Record) -> list[str]:
-    """What went wrong or was left out, one line each."""
-    lines = [
+def wrong_results(record: Record) -> list[str]:
+    """Providers that computed something wrong, whose times no machine can have had, or of ours that raised."""
+    return [
         f"{row.status}: {row.provider} in {case['name']}: {row.reason}"
         for case in record["cases"]
         for row in rows(case)
-        if row.status != OK
+        if row.status in (WRONG, IMPOSSIBLE) or (row.provider == OURS and row.status != OK)
+    ]
+
+
+def remarks(record: Record) -> list[str]:
+    """What else went wrong or was left out, one line each."""
+    first = wrong_results(record)
+    lines = [
+        line
+        for case in record["cases"]
+        for row in rows(case)
+        if row.status != OK and (line := f"{row.status}: {row.provider} in {case['name']}: {row.reason}") not in first
     ]
     left_out: dict[str, list[str]] = {}
     for case in record["cases"]:
@@ -201,6 +178,8 @@ def markdown(record: Record) -> str:
     kernel = has_kernel_times(record)
     headings = [heading.replace("\n", " ") for heading in HEADINGS + (KERNEL_HEADINGS if kernel else ())]
     lines = [f"# {describe(record)}", ""]
+    wrong = wrong_results(record)
+    lines += [*(f"**{line}**  " for line in wrong), ""] if wrong else []
     for name, value in record["limits"].items():
         lines.append(f"- {name.replace('_', ' ')}: {value:.3g}")
     lines.append(f"- input: {', '.join(record['input']['pictures'])}; {record['input']['features']}")

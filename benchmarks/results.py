@@ -10,9 +10,9 @@ from rich.console import Console
 
 from .machine import ROOT
 from .providers import NAIVE, OURS, PLAIN
+from .records import RECORD, load
 from .report import Record, Row, describe, rows
 from .runner import OUT_OF_MEMORY
-from .session import RECORD, load
 
 README = ROOT / "README.md"
 RESULTS = Path(__file__).with_name("results")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from math import inf
@@ -20,6 +21,7 @@ from .providers import COPY, NON_LOCAL, Provider, left_out, providers
 from .verify import Verdict, check, checked_cases
 
 OK, WRONG, OUT_OF_MEMORY, FAILED, NO_TIME = "ok", "WRONG", "out of memory", "failed", "no time left"
+IMPOSSIBLE = "measurement error"
 MARGIN = 1.5  # over the counted peak: convolutions keep reordered copies that counting does not see
 WARM_UP = 1  # the check, the memory probe and the estimate of a call's time have run each contestant before
 GRAPH_REPETITIONS = 20
@@ -51,7 +53,8 @@ class Options:
         seconds: of timing per case, shared by its providers.
         without: names of providers left out.
         pace: shared by the cases of a run.
-        until: ``time.monotonic()`` at which the run should be over.
+        until: ``time.monotonic()`` at which the run should be over. A peer is compiled as long as that can end before:
+            a slow compilation takes from later cases, which matter less, and not from its own case's peers.
         share: of the time left, what the next case may take; it then checks fewer seeds and repeats less.
     """
 
@@ -63,6 +66,28 @@ class Options:
     until: float = inf
     share: float = 1.0
     choose: Callable[[Case, str], list[Provider]] = field(default=providers, repr=False)
+
+
+def drop_frames(error: BaseException | None) -> None:
+    """Let go of the frames that an error, and what it came from, would keep alive, and the tensors in them."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        earlier = error.__cause__ or error.__context__
+        error.__cause__ = error.__context__ = None
+        error = earlier
+
+
+def _forget_earlier_cases() -> None:
+    """Drop what was compiled for them: they share functions, each of which is compiled a limited number of times.
+
+    What is left is frozen, since going over all that was imported took 0.2 s per memory probe; it is thawed first, or
+    what the compiler drops would stay for ever.
+    """
+    torch.compiler.reset()
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 class CaseRun:
@@ -79,8 +104,8 @@ class CaseRun:
         self.end = time.monotonic() + (options.until - time.monotonic()) * options.share
 
     def run(self) -> dict[str, Any]:
-        torch.compiler.reset()  # cases share functions, each of which it compiles a limited number of times
-        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        _forget_earlier_cases()
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True), machine.exact_float32(self.case.dtype):
             return self._run()
 
     def _run(self) -> dict[str, Any]:
@@ -104,7 +129,7 @@ class CaseRun:
         row = self.rows[name]
         row["status"] = OUT_OF_MEMORY if measure.is_out_of_memory(error) else FAILED
         row["reason"] = first_line(error)
-        error.__traceback__ = None  # its frames hold the tensors that did not fit
+        drop_frames(error)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -134,7 +159,7 @@ class CaseRun:
     def _enter(self, provider: Provider, counts: Counts | None) -> Contestant | None:
         """Set a provider up and warm it, unless it would not fit (Linux kills a process that takes too much)."""
         self.report(provider.name, 0.0)
-        if provider.compile is not None and self._seconds_left() < self.options.pace.compilation:
+        if provider.compile is not None and self.options.until - time.monotonic() < self.options.pace.compilation:
             self.rows[provider.name].update(status=NO_TIME, reason="its compilation might not end in time")
             return None
         try:
@@ -146,7 +171,7 @@ class CaseRun:
             first_call = measure.seconds_of(contestant.calls()[0], self.device)
             self.rows[provider.name]["first_call_s"] = first_call
             if provider.compile is not None:
-                self.options.pace.compilation = max(self.options.pace.compilation, first_call)
+                self.options.pace.compilation = max(COMPILATION, first_call)
         except Exception as error:
             self._fail(provider.name, error)
             return None
@@ -200,6 +225,7 @@ class CaseRun:
             except Exception as error:
                 if not measure.is_out_of_memory(error):
                     raise
+                drop_frames(error)
                 failure = error
         raise failure
 

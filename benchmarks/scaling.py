@@ -33,7 +33,7 @@ import annnet_kernels as ak
 
 from . import machine
 from .counting import count
-from .session import save
+from .records import save
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "AFNB": lambda: ak.AFNB(1024, 2048, 2048, 256, 256, dropout=0.0),

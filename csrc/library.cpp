@@ -8,7 +8,9 @@
 #include <Python.h>
 #include <torch/library.h>
 
+#ifndef ANNNET_WITHOUT_CPU
 #include "cpu/levels.h"
+#endif
 #include "pyramid_geometry.h"
 
 TORCH_LIBRARY(annnet_native, m) {
@@ -55,6 +57,7 @@ TORCH_LIBRARY(annnet_native, m) {
 
 namespace {
 
+#ifndef ANNNET_WITHOUT_CPU
 PyObject* cpu_level(PyObject*, PyObject*) { return PyUnicode_FromString(annnet::level_name(annnet::chosen_level())); }
 
 PyObject* processor_level(PyObject*, PyObject*) {
@@ -79,11 +82,14 @@ PyObject* built_levels(PyObject*, PyObject*) {
 }
 
 PyObject* cpu_levels(PyObject*, PyObject*) { return names_of_levels(annnet::processor_level()); }
+#endif
 
 PyObject* parts(PyObject*, PyObject*) {
   const auto pooling = c10::Dispatcher::singleton().findSchemaOrThrow("annnet_native::pyramid_pool", "");
-  return pooling.hasKernelForDispatchKey(c10::DispatchKey::CUDA) ? Py_BuildValue("(ss)", "cpu", "cuda")
-                                                                 : Py_BuildValue("(s)", "cpu");
+  const bool cpu = pooling.hasKernelForDispatchKey(c10::DispatchKey::CPU);
+  const bool cuda = pooling.hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+  if (cpu && cuda) return Py_BuildValue("(ss)", "cpu", "cuda");
+  return cpu || cuda ? Py_BuildValue("(s)", cpu ? "cpu" : "cuda") : PyTuple_New(0);
 }
 
 PyObject* bin_edges(PyObject*, PyObject* args) {
@@ -100,10 +106,12 @@ PyObject* bin_edges(PyObject*, PyObject* args) {
 }
 
 PyMethodDef methods[] = {
+#ifndef ANNNET_WITHOUT_CPU
     {"cpu_level", cpu_level, METH_NOARGS, "Name of the instruction level that the CPU kernels use."},
     {"cpu_levels", cpu_levels, METH_NOARGS, "Names of the levels that can run here, lowest first."},
     {"built_levels", built_levels, METH_NOARGS, "Names of the levels in this library, lowest first."},
     {"processor_level", processor_level, METH_NOARGS, "Name of the highest level that this processor has."},
+#endif
     {"bin_edges", bin_edges, METH_VARARGS, "pyramid.bin_edges(length, bins) as the C++ code computes it."},
     {"parts", parts, METH_NOARGS, "Device types with kernels in this library."},
     {nullptr, nullptr, 0, nullptr},
@@ -111,6 +119,7 @@ PyMethodDef methods[] = {
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
+#ifndef ANNNET_WITHOUT_CPU
 // ANNNET_CPU_LEVEL lowers the level. False with a Python error set if it names none.
 bool apply_environment() {
   const char* wanted = std::getenv("ANNNET_CPU_LEVEL");
@@ -128,6 +137,9 @@ bool apply_environment() {
   return PyErr_WarnFormat(PyExc_RuntimeWarning, 1, "environment variable ANNNET_CPU_LEVEL: %s has no %s, using %s", who,
                           wanted, annnet::level_name(annnet::chosen_level())) == 0;
 }
+#else
+bool apply_environment() { return true; }  // there are no levels to choose from
+#endif
 
 }  // namespace
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from benchmarks import cases, providers
+from benchmarks.records import SCHEMA
 from benchmarks.runner import NO_TIME, OK, CaseRun, Options
-from benchmarks.session import SCHEMA
 
 CPU = torch.device("cpu")
 PLAIN, OURS = providers.PLAIN, providers.OURS

@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- support:begin -->", "<!-- support:end -->"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-TESTED, INTERPRETED, WRITTEN = "tested", "interpreted", "written"
+TESTED, INTERPRETED, WRITTEN, FAILED = "tested", "interpreted", "written", "FAILED"
 INCOMPLETE = 3
 
 CPP, PLAIN, TRITON, CUDA_CPP = "CPU, C++", "CPU, plain PyTorch", "CUDA, Triton", "CUDA, C++"
@@ -123,6 +123,7 @@ class Collected(NamedTuple):
     dtype: str | None
     backend: str | None
     gpu: bool
+    node: str
 
 
 class _Collection:
@@ -142,7 +143,8 @@ class _Collection:
             test = str(item.path.relative_to(ROOT / "tests")) + "::" + item.originalname
             gpu = item.get_closest_marker("gpu") is not None or test.startswith("interpreter/")
             dtype = str(parameters.get("dtype")).removeprefix("torch.")
-            self.found.append(Collected(test, dtype, parameters.get("backend"), gpu and not interpreting()))
+            here = gpu and not interpreting()
+            self.found.append(Collected(test, dtype, parameters.get("backend"), here, item.nodeid))
 
 
 def interpreting() -> bool:
@@ -181,17 +183,33 @@ def collected(**environment: str) -> set[Collected]:
     return {Collected(*entry) for entry in json.loads(done.stdout)}
 
 
-def ran_on_a_gpu() -> list[str]:
-    """The devices on which a recorded campaign got all GPU tests done."""
-    devices = []
-    for file in sorted((ROOT / "benchmarks" / "results").glob("*/*.json")):
-        record = json.loads(file.read_text())
-        if record.get("stages", {}).get("tests", {}).get("status") == "done":
+class OnGpu(NamedTuple):
+    """What recorded campaigns say: which tests passed and failed, by pytest's names, and on which devices."""
+
+    passed: frozenset[str]
+    failed: frozenset[str]
+    devices: tuple[str, ...]
+
+    def cell(self, tests: set[str]) -> str:
+        """Of a table, for tests by node id with their parameters: one that failed is said before all that passed."""
+        if tests & self.failed:
+            return FAILED
+        return TESTED if tests & self.passed else WRITTEN
+
+
+def recorded_on_gpus(results: Path = ROOT / "benchmarks" / "results") -> OnGpu:
+    """The outcomes of GPU tests in all records; a test that failed anywhere counts as failed."""
+    passed, failed, devices = set(), set(), []
+    for file in sorted(results.glob("*/benchmark.json")):
+        tests = json.loads(file.read_text()).get("tests", {})
+        passed |= {name for name, outcome in tests.items() if outcome["outcome"] == "passed"}
+        failed |= {name for name, outcome in tests.items() if outcome["outcome"] == "failed"}
+        if tests:
             devices.append(file.parent.name)
-    return devices
+    return OnGpu(frozenset(passed - failed), frozenset(failed), tuple(devices))
 
 
-def operator_rows(here: set[Collected], interpreted: set[Collected], gpu: str) -> Iterator[list[str]]:
+def operator_rows(here: set[Collected], interpreted: set[Collected], on_gpu: OnGpu) -> Iterator[list[str]]:
     """Operator, implementation, and one cell per dtype."""
     for operator, tests in OPERATORS.items():
         for implementation, test in tests.items():
@@ -199,18 +217,20 @@ def operator_rows(here: set[Collected], interpreted: set[Collected], gpu: str) -
             cells = []
             for dtype in DTYPES:
                 found = [c for c in here if c.test == test and c.dtype == dtype and c.backend in (None, backend)]
-                cell = (gpu if any(c.gpu for c in found) else TESTED) if found else ""
+                on_device = {c.node for c in found if c.gpu}
+                cell = (on_gpu.cell(on_device) if on_device else TESTED) if found else ""
                 if cell == WRITTEN and any(c.test == test and c.dtype == dtype for c in interpreted):
                     cell = INTERPRETED
                 cells.append(cell)
             yield [operator, implementation, *cells]
 
 
-def feature_rows(here: set[Collected], gpu: str) -> Iterator[list[str]]:
+def feature_rows(here: set[Collected], on_gpu: OnGpu) -> Iterator[list[str]]:
     """Feature, CPU, CUDA."""
     for feature, tests in FEATURES.items():
-        places = {c.gpu for c in here if c.test in tests}
-        yield [feature, TESTED if False in places else "", gpu if True in places else ""]
+        on_device = {c.node for c in here if c.test in tests and c.gpu}
+        elsewhere = any(c.test in tests and not c.gpu for c in here)
+        yield [feature, TESTED if elsewhere else "", on_gpu.cell(on_device) if on_device else ""]
 
 
 def table(*rows: list[str]) -> str:
@@ -224,14 +244,13 @@ def generate(readme: str) -> str:
     missing = set(named_tests()) - {c.test for c in here}
     if missing:
         raise SystemExit(f"tests/support.py names tests that are not there: {', '.join(sorted(missing))}")
-    devices = ran_on_a_gpu()
-    gpu = TESTED if devices else WRITTEN
+    on_gpu = recorded_on_gpus()
     before, _, rest = readme.partition(BEGIN)
     lines = [
         BEGIN,
-        table(["forward and backward", "where", *DTYPES], *operator_rows(here, interpreted, gpu)),
-        table(["blocks and operators with", "CPU", "CUDA"], *feature_rows(here, gpu)),
-        f"GPU tests ran on: {', '.join(devices) or 'no GPU yet'}.",
+        table(["forward and backward", "where", *DTYPES], *operator_rows(here, interpreted, on_gpu)),
+        table(["blocks and operators with", "CPU", "CUDA"], *feature_rows(here, on_gpu)),
+        f"GPU tests ran on: {', '.join(on_gpu.devices) or 'no GPU yet'}.",
         END,
     ]
     return before + "\n\n".join(lines) + rest.partition(END)[2]

@@ -24,6 +24,9 @@ PRECISIONS = [
     pytest.param("cuda", torch.bfloat16, id="cuda-bfloat16", marks=CUDA),
     pytest.param("cuda", torch.float16, id="cuda-float16", marks=CUDA),
 ]
+UNSCALED = [p for p in PRECISIONS if p.id != "cuda-float16"]
+SCALED = [p for p in PRECISIONS if p.id != "cuda-bfloat16"]
+"""Gradients are scaled for float16; on a GPU another dtype would compile more kernel variants in every test."""
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,7 +37,7 @@ def kind(request):
     return request.param
 
 
-@pytest.mark.parametrize(("device", "dtype"), PRECISIONS)
+@pytest.mark.parametrize(("device", "dtype"), UNSCALED)
 def test_the_rule(device, dtype):
     maps = {d: torch.randn(2, 6, 9, 7, dtype=d, device=device) for d in (torch.float32, dtype, torch.float64)}
     tokens = {d: torch.randn(2, 6, 5, dtype=d, device=device) for d in maps}
@@ -54,7 +57,7 @@ def test_the_rule(device, dtype):
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
-@pytest.mark.parametrize(("device", "dtype"), PRECISIONS)
+@pytest.mark.parametrize(("device", "dtype"), UNSCALED)
 def test_autocast_changes_nothing_inside_an_operator(device, dtype, backend):
     def attend(*operands):
         out, attention = ak.asymmetric_attention(*operands, return_attention=True)
@@ -84,7 +87,7 @@ def scaled_step(block, maps, weights, device, dtype, scale):
     return found | {f"grad {name}": p.grad for name, p in block.named_parameters()}
 
 
-@pytest.mark.parametrize(("device", "dtype"), PRECISIONS[1:])  # the first, unscaled: test_blocks.py
+@pytest.mark.parametrize(("device", "dtype"), SCALED[1:])  # the first, unscaled: test_blocks.py
 def test_a_scaled_step_is_as_accurate_as_plain(kind, device, dtype):
     def run(seed):
         fused, plain = (block.to(device) for block in build(kind))
@@ -107,13 +110,13 @@ def is_nothing(name, truth):
     return float(truth[name].norm()) < 1e-9 * float(truth[weight].norm())
 
 
-@pytest.mark.parametrize(("device", "dtype"), PRECISIONS)
+@pytest.mark.parametrize(("device", "dtype"), SCALED)
 def test_an_overflow_skips_the_step(kind, device, dtype):
     block = build(kind)[0].float().to(device)
     before = copy.deepcopy(block.state_dict())
     optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler(device, init_scale=4.0)
-    maps = [torch.randn(shape, device=device) for shape in MAPS[kind]]
+    maps = [torch.randn(b, c, 4 * h, 4 * w, device=device) for b, c, h, w in MAPS[kind]]
     for factor, moves in ((torch.inf, False), (1.0, True)):
         optimizer.zero_grad()
         with torch.autocast(device, dtype):

@@ -243,3 +243,16 @@ print(counter.get_total_flops())
 """
     finished = fresh.python(code)
     assert finished.stdout.strip() == str(2 * 6 * 5 * (4 + 7)), finished.stderr
+
+
+def test_an_amd_gpu_is_served_by_plain_pytorch_and_told_why(monkeypatch):
+    """An MI200 reports capability (9, 0), which on NVIDIA is Hopper."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(backends, "_capability_of", lambda device: (9, 0))
+    amd = torch.device("cuda", 0)
+    reason = backends.why_not("triton", "pyramid_pool", amd, torch.bfloat16)
+    assert "AMD" in reason
+    if native.why_not("cuda") is not None:
+        assert choose("pyramid_pool", amd, torch.bfloat16, None) == "reference"
+    with pytest.raises(RuntimeError, match=r"requested backend 'triton' cannot run: .*AMD"):
+        choose("pyramid_pool", amd, torch.bfloat16, "triton")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,9 +19,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import annnet_kernels as ak
-from benchmarks import accuracy, cases, providers, verify
+from benchmarks import accuracy, cases, machine, measure, plausible, providers, runner, verify
 from benchmarks.cases import KEY_CHANNELS
-from benchmarks.runner import FAILED, NO_TIME, OK, OUT_OF_MEMORY, WRONG, Options, Pace
+from benchmarks.providers import COPY
+from benchmarks.runner import FAILED, IMPOSSIBLE, NO_TIME, OK, OUT_OF_MEMORY, WRONG, Options, Pace
 
 pytestmark = pytest.mark.usefixtures("one_thread", "frozen_imports")
 
@@ -208,6 +213,14 @@ class TestPeersThatFail:
         assert rows["plain compiled"]["status"] == NO_TIME
         assert rows[OURS]["status"] == OK
 
+    def test_a_compilation_takes_the_time_of_later_cases(self, monkeypatch):
+        """A case's share of the time is smaller than a compilation; its most important peer is timed all the same."""
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+        until = time.monotonic() + 200
+        rows = run_case(POOL, named(POOL, OURS, PLAIN, "plain compiled"), until=until, share=1e-3)
+        assert rows["plain compiled"]["status"] == OK, rows["plain compiled"].get("reason")
+        assert rows["plain compiled"]["times_s"]
+
     def test_a_slow_compilation_is_remembered(self):
         options = Options(until=time.monotonic() + 100, pace=Pace(compilation=200.0))
         assert replace(options, share=0.5).pace is options.pace
@@ -217,6 +230,98 @@ class TestPeersThatFail:
 
 def _raise(error):
     raise error
+
+
+class TestNothingIsLeftBehind:
+    def test_an_error_keeps_no_tensor_alive(self):
+        """Neither in its own frames nor in those of what it came from."""
+
+        def fail():
+            large = torch.zeros(3)
+            alive.append(weakref.ref(large))
+            raise ValueError("inner")
+
+        alive = []
+        try:
+            try:
+                fail()
+            except ValueError as inner:
+                mine = torch.zeros(3)
+                alive.append(weakref.ref(mine))
+                del mine
+                raise RuntimeError("outer") from inner
+        except RuntimeError as error:
+            kept = error
+        assert alive[0]() is not None
+        runner.drop_frames(kept)
+        gc.collect()
+        assert [reference() for reference in alive] == [None, None]
+
+    def test_what_a_case_leaves_can_be_collected_after_the_next_began(self):
+        class Cycle:
+            def __init__(self):
+                self.me = self
+
+        leftover = Cycle()
+        reference = weakref.ref(leftover)
+        run_case(POOL, named(POOL, OURS, PLAIN))  # freezes what is alive
+        del leftover
+        run_case(POOL, named(POOL, OURS, PLAIN))
+        assert reference() is None
+
+    def test_a_failed_capture_gives_the_stream_back(self, monkeypatch):
+        streams = ["the user's"]
+        cuda = SimpleNamespace(set=streams.append)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[-1])
+        monkeypatch.setattr(torch.cuda, "set_stream", cuda.set)
+
+        def capture():
+            with measure._stream_kept(CPU):
+                streams.append("of the capture")
+                raise RuntimeError("capture failed")
+
+        with pytest.raises(RuntimeError, match="capture failed"):
+            capture()
+        assert streams[-1] == "the user's"
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_float32_means_float32_and_settings_come_back(self, dtype):
+        before = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = True
+        try:
+            with machine.exact_float32(dtype):
+                assert torch.backends.cudnn.allow_tf32 == (dtype != "float32")
+            assert torch.backends.cudnn.allow_tf32
+        finally:
+            torch.backends.cudnn.allow_tf32 = before
+
+
+class TestImpossibleTimes:
+    LIMITS: ClassVar = {"copy_bytes_per_s": 1e12, "flop_per_s_bfloat16": 1e14}
+
+    def judged(self, seconds, device="cuda", **provider):
+        row = {"name": "x", "family": "asymmetric", "status": OK, "times_s": [seconds], "quartiles_s": [seconds] * 3}
+        case = {"dtype": "bfloat16", "minimal_bytes": 10**9, "providers": [row | provider]}
+        plausible.refuse(case, self.LIMITS, torch.device(device))
+        return case["providers"][0]
+
+    def test_faster_than_memory_is_a_measurement_error(self):
+        assert self.judged(1e-3)["status"] == OK
+        refused = self.judged(0.8e-3)
+        assert refused["status"] == IMPOSSIBLE
+        assert "0.8000 ms" in refused["reason"]
+        assert not {"times_s", "quartiles_s"} & set(refused)
+
+    def test_faster_than_arithmetic_is_one_too(self):
+        assert self.judged(1.5e-3, flop=2 * 10**11)["status"] == IMPOSSIBLE
+        assert self.judged(2e-3, flop=2 * 10**11)["status"] == OK
+
+    def test_the_kernel_time_is_judged_as_well(self):
+        assert self.judged(2e-3, graph_quartiles_s=[0.5e-3] * 3)["status"] == IMPOSSIBLE
+
+    def test_a_cpu_with_its_caches_and_a_copy_are_left_alone(self):
+        assert self.judged(0.5e-3, "cpu")["status"] == OK
+        assert self.judged(0.5e-3, family=COPY)["status"] == OK
 
 
 class TestAccuracy:

@@ -8,7 +8,18 @@ from block_rule import CLASSES, MAPS, assert_same, build
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
-DTYPES = (torch.float32, torch.bfloat16)
+BFLOAT16 = torch.bfloat16
+"""Streams, graphs and determinism ask nothing of dtype and layout, and each pair costs 20 kernel variants: so those of
+training, channels_last with it. Kernels alone are tested for determinism in both layouts."""
+
+
+@pytest.fixture(autouse=True)
+def _deterministic_libraries(monkeypatch):
+    """Where bits are compared, cuDNN and cuBLAS must give the same ones too."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=CLASSES)
@@ -16,10 +27,11 @@ def kind(request):
     return request.param
 
 
-def make(kind, dtype=torch.float32, device="cuda"):
+def make(kind, device="cuda"):
     """A block in training, its maps, and a weighting of its output."""
-    block = build(kind)[0].to(device, dtype)
-    maps = [torch.randn(b, c, 5 * h, 5 * w, dtype=dtype, device=device) for b, c, h, w in MAPS[kind]]
+    block = build(kind)[0].to(device, BFLOAT16)
+    maps = [torch.randn(b, c, 5 * h, 5 * w, dtype=BFLOAT16, device=device) for b, c, h, w in MAPS[kind]]
+    maps = [x.to(memory_format=torch.channels_last) for x in maps]
     with torch.no_grad():
         weights = torch.randn_like(copy.deepcopy(block)(*maps))
     return block, maps, weights
@@ -65,13 +77,12 @@ def test_a_device_that_is_not_the_current_one(kind):
     torch.cuda.set_device(0)
     found = step(block.to("cuda:1"), [x.to("cuda:1") for x in maps], weights.to("cuda:1"))
     assert {x.device.index for x in found.values()} == {1}
-    assert_same({name: x.cpu() for name, x in found.items()}, {n: x.cpu() for n, x in expected.items()}, 1e-5)
+    assert_same({name: x.cpu() for name, x in found.items()}, {n: x.cpu() for n, x in expected.items()}, 1e-2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_training_step_in_a_cuda_graph(kind, dtype):
+def test_a_training_step_in_a_cuda_graph(kind):
     """Captured once, replayed with other maps, against the same steps run one by one."""
-    block, maps, weights = make(kind, dtype)
+    block, maps, weights = make(kind)
     twin = copy.deepcopy(block)
     static = [x.clone().requires_grad_() for x in maps]
 
@@ -103,28 +114,19 @@ def test_a_training_step_in_a_cuda_graph(kind, dtype):
         expected |= {n: p.grad for n, p in twin.named_parameters()} | {f"after {n}": b for n, b in twin.named_buffers()}
         found = {"out": out.detach()} | {f"grad {i}": x.grad for i, x in enumerate(static)}
         found |= {n: p.grad for n, p in block.named_parameters()} | {f"after {n}": b for n, b in block.named_buffers()}
-        assert_same(found, expected, tolerance=1e-5 if dtype == torch.float32 else 1e-2)
+        assert_same(found, expected, tolerance=1e-2)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_deterministic_mode_gives_the_same_bits(kind, dtype, layout, monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    block, maps, weights = make(kind, dtype)
-    maps = [x.to(memory_format=layout) for x in maps]
-    torch.use_deterministic_algorithms(True)
-    try:
-        first = step(block, maps, weights)
-        for _ in range(3):
-            assert_equal_bits(step(block, maps, weights), first)
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_deterministic_mode_gives_the_same_bits(kind):
+    block, maps, weights = make(kind)
+    first = step(block, maps, weights)
+    for _ in range(3):
+        assert_equal_bits(step(block, maps, weights), first)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("training", [True, False])
-def test_nothing_waits_for_the_gpu(kind, training, dtype):
-    block, maps, weights = make(kind, dtype)
+def test_nothing_waits_for_the_gpu(kind, training):
+    block, maps, weights = make(kind)
     block.train(training)
     inputs = [x.requires_grad_() for x in maps]
     (block(*inputs) * weights).sum().backward()  # what compiles at a first call may wait

@@ -37,6 +37,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for name in (
         "CUDA_HOME",
         "TORCH_CUDA_ARCH_LIST",
+        "ANNNET_CPU",
         "ANNNET_CUDA",
         "ANNNET_CPU_LEVELS",
         "ANNNET_DEBUG",
@@ -311,3 +312,13 @@ def test_a_build_that_fails_without_the_cuda_part_too(
     assert not builds.record.exists()
     assert builds.command.extensions[0].optional
     assert ["the CUDA part" in line for line in lines_about_us(capsys)] == [True, False]
+
+
+def test_the_cpu_part_can_be_left_out(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = build.cpu_extension()
+    assert "csrc/host.cpp" in everything.sources
+    assert ("ANNNET_WITHOUT_CPU", None) not in everything.define_macros
+    monkeypatch.setenv("ANNNET_CPU", "0")
+    alone = build.cpu_extension()
+    assert alone.sources == ["csrc/library.cpp"]
+    assert ("ANNNET_WITHOUT_CPU", None) in alone.define_macros

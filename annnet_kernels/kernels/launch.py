@@ -45,8 +45,9 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Triton's launch options."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
+        """Triton's launch options; only NVIDIA's compiler knows ``maxnreg``."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
     def run(self) -> None:
         self.kernel[self.grid](**self.arguments, **self.options)

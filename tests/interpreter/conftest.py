@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+import bfloat16
+import gpu_selection
 import numpy
 import pytest
 import torch
@@ -20,7 +22,7 @@ from annnet_kernels.backends import interpreting
 HERE = Path(__file__).parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Called with the items of the whole session, whatever folder they are in."""
     if interpreting():
         if version("triton").startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
@@ -28,6 +30,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     if torch.cuda.is_available():
         mark = pytest.mark.gpu
+        left_out = {item for item in items if HERE in item.path.parents and gpu_selection.is_left_out(item)}
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
     else:
         mark = pytest.mark.skip(reason="no GPU here: runs under TRITON_INTERPRET=1, in a process of its own")
     for item in items:
@@ -37,10 +42,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _interpreter_without_waste() -> Iterator[None]:
-    """What Triton's interpreter (3.6 to 3.8) does again and again to no effect: more than half of its time.
+    """Makes Triton's interpreter (3.6 to 3.8) compute bfloat16 right, and spares what it does again and again in vain.
 
     It computes whether integers overflow and, unless it debugs, drops the answer; and it patches its language at every
-    call of a device function, though once per launch and namespace is enough.
+    call of a device function, though once per launch and namespace is enough. That is more than half of its time.
     """
     if not interpreting():
         yield
@@ -66,4 +71,5 @@ def _interpreter_without_waste() -> Iterator[None]:
         patch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
         patch.setattr(interpreter, "_patch_lang", patch_once)
         patch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
+        bfloat16.let_it_compute(patch)
         yield

@@ -17,7 +17,8 @@ from annnet_kernels.kernels import asymmetric_attention as launches
 from annnet_kernels.kernels.launch import INTERPRETER, device_of, product_precision
 
 DEVICE = "cpu" if interpreting() else "cuda"
-DTYPES = (torch.float32, torch.float16) if interpreting() else (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OF_TRAINING = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 SEEDS = 3 if interpreting() else 5
 """The interpreter is slow; a wrong kernel is wrong by more than one draw scatters."""
 
@@ -51,9 +52,10 @@ def test_accuracy_of_shapes(shape, dtype):
     assert_triton_accurate(shape, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("shape", [(1, 64, 1024, 3, 5, 50), (1, 512, 19, 3, 5, 13)], ids=str)
-def test_accuracy_of_wide_channels(shape):
-    assert_triton_accurate(shape, torch.float16)
+def test_accuracy_of_wide_channels(shape, dtype):
+    assert_triton_accurate(shape, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -62,21 +64,25 @@ def test_accuracy_of_map_layouts(layout, dtype):
     assert_triton_accurate((2, 19, 21, 7, 9, 23), dtype, map_layout=layout)
 
 
+@OF_TRAINING
 @pytest.mark.parametrize("layout", ["channels", "slice", "expanded"])
-def test_accuracy_of_token_layouts(layout):
-    assert_triton_accurate((2, 19, 21, 7, 9, 23), torch.float32, map_layout="channels_last", token_layout=layout)
+def test_accuracy_of_token_layouts(layout, dtype):
+    assert_triton_accurate((2, 19, 21, 7, 9, 23), dtype, map_layout="channels_last", token_layout=layout)
 
 
-@pytest.mark.parametrize(("dtype", "tokens"), [*((dtype, 110) for dtype in DTYPES), (torch.float32, 200)])
+@pytest.mark.parametrize(
+    ("dtype", "tokens"), [*((dtype, 110) for dtype in DTYPES), (torch.float32, 200), (torch.bfloat16, 200)]
+)
 @pytest.mark.parametrize("magnitude", [8.0, 300.0])
 def test_accuracy_of_peaked_softmax(magnitude, dtype, tokens):
     """Logits of standard deviation 8, then in the hundreds: few pixels are not one-hot, and single draws scatter."""
     assert_triton_accurate((1, 16, 12, 5, 13, tokens), dtype, magnitude=magnitude, seeds=11)
 
 
+@OF_TRAINING
 @pytest.mark.parametrize("scale", [0.0, -0.3])
-def test_accuracy_of_unusual_scales(scale):
-    assert_triton_accurate((1, 16, 24, 9, 11, 30), torch.float32, scale=scale)
+def test_accuracy_of_unusual_scales(scale, dtype):
+    assert_triton_accurate((1, 16, 24, 9, 11, 30), dtype, scale=scale)
 
 
 def odd_operands(dtype: torch.dtype, layout: str = "nchw", tokens: int = 43) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -108,13 +114,14 @@ def test_sum_over_pixels_is_split():
     assert names.count("asymmetric_attention_sum_splits_kernel") == 2
 
 
+@OF_TRAINING
 @pytest.mark.parametrize(
     ("needs", "tokens"),
     [*((needs, 43) for needs in itertools.product((True, False), repeat=3)), ((True, False, False), 150)],
     ids=str,
 )
-def test_gradients_that_are_not_needed(needs, tokens):
-    operands = odd_operands(torch.float32, tokens=tokens)
+def test_gradients_that_are_not_needed(needs, tokens, dtype):
+    operands = odd_operands(dtype, tokens=tokens)
     wanted, everything = forward_and_backward(*operands, needs=needs), forward_and_backward(*operands)
     for needed, ours, full in zip(needs, wanted[2:], everything[2:], strict=True):
         assert torch.equal(ours, full) if needed else ours.shape == (0,)
@@ -137,12 +144,13 @@ def test_bitwise_deterministic(dtype):
         assert torch.equal(first, second)
 
 
+@OF_TRAINING
 @pytest.mark.parametrize(
     ("bad", "layout", "tokens"),
     [(float("inf"), "nchw", 43), (float("-inf"), "channels_last", 43), (float("nan"), "nchw", 150)],
 )
-def test_non_finite_pixel_spoils_only_its_own_output(bad, layout, tokens):
-    query, key, value, grad = odd_operands(torch.float32, layout, tokens)
+def test_non_finite_pixel_spoils_only_its_own_output(bad, layout, tokens, dtype):
+    query, key, value, grad = odd_operands(dtype, layout, tokens)
     clean_out, _, clean_dquery, *_ = forward_and_backward(query, key, value, grad)
     spoilt = query.clone()
     spoilt[1, 4, 7, 5] = bad
@@ -153,8 +161,9 @@ def test_non_finite_pixel_spoils_only_its_own_output(bad, layout, tokens):
         assert torch.equal(ours, clean)
 
 
-def test_logsumexp():
-    query, key, value, grad = odd_operands(torch.float32)
+@OF_TRAINING
+def test_logsumexp(dtype):
+    query, key, value, grad = odd_operands(dtype)
     _, logsumexp, *_ = forward_and_backward(query, key, value, grad)
     truth = (query.double().flatten(2).transpose(1, 2) @ key.double() * 0.2).logsumexp(dim=2)
     torch.testing.assert_close(logsumexp.double(), truth, rtol=1e-6, atol=1e-6)
@@ -169,7 +178,7 @@ def test_batch_of_none():
 @pytest.mark.parametrize(("layout", "tokens"), [("nchw", 43), ("channels_last", 150), ("transposed", 43)])
 def test_touches_nothing_beyond_its_tensors(layout, tokens):
     """Inputs lie in memory full of NaN, outputs in memory that must not change."""
-    operands = odd_operands(torch.float16, layout, tokens)
+    operands = odd_operands(torch.bfloat16, layout, tokens)
     expected = forward_and_backward(*operands)
     query, key, value, grad = (surrounded(x, float("nan"))[0] for x in operands)
     outputs = [surrounded(torch.zeros_like(x), 7.0) for x in expected]
@@ -252,10 +261,11 @@ def test_norm_skip_and_constant(layout, tokens, with_skip, dtype):
     assert ak.last_backend("asymmetric_attention_bwd") == "reference"  # of the truth
 
 
+@OF_TRAINING
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-def test_in_place_is_the_same_sum(layout):
-    y, skip = (random_map((1, c, 7, 11), torch.float32, layout, DEVICE) for c in (13, 40))
-    key, value = (random_tokens(1, c, 43, torch.float32, device=DEVICE) for c in (13, 40))
+def test_in_place_is_the_same_sum(layout, dtype):
+    y, skip = (random_map((1, c, 7, 11), dtype, layout, DEVICE) for c in (13, 40))
+    key, value = (random_tokens(1, c, 43, dtype, device=DEVICE) for c in (13, 40))
     operands = (y, random_norm(13, DEVICE), key, value, skip, torch.randn(40, device=DEVICE), 0.2, False)
     out, _, _ = torch.ops.annnet.asymmetric_attention(*operands)
     torch.ops.annnet.asymmetric_attention_(*operands)
@@ -273,10 +283,11 @@ def plain_of_normalised(y, norm, key, value, skip, constant, grad):
     return out if skip is None else out + skip, *gradients
 
 
-def test_rectifying_keeps_nan():
-    y = torch.randn(1, 8, 3, 5, device=DEVICE)
+@OF_TRAINING
+def test_rectifying_keeps_nan(dtype):
+    y = torch.randn(1, 8, 3, 5, device=DEVICE).to(dtype)
     y[0, 2, 1, 1] = float("nan")
-    key, value = (random_tokens(1, c, 9, torch.float32, device=DEVICE) for c in (8, 6))
+    key, value = (random_tokens(1, c, 9, dtype, device=DEVICE) for c in (8, 6))
     out, _, _ = torch.ops.annnet.asymmetric_attention(y, random_norm(8, DEVICE), key, value, None, None, 0.2, False)
     assert out[0, :, 1, 1].isnan().all()
     assert out.isnan().sum() == 6

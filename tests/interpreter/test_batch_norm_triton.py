@@ -14,7 +14,8 @@ from annnet_kernels.kernels import batch_norm as launches
 from annnet_kernels.kernels.launch import INTERPRETER
 
 DEVICE = "cpu" if interpreting() else "cuda"
-DTYPES = (torch.float32, torch.float16) if interpreting() else (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OF_TRAINING = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 SEEDS = 1 if interpreting() else 5
 OPERATORS = (
     "batch_norm_moments",
@@ -41,10 +42,11 @@ def _triton_backend():
         yield
 
 
+@OF_TRAINING
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_accuracy_of_shapes(shape, layout):
-    assert_tail_accurate(shape, torch.float32, "triton", layout, layout, device=DEVICE, seeds=SEEDS)
+def test_accuracy_of_shapes(shape, layout, dtype):
+    assert_tail_accurate(shape, dtype, "triton", layout, layout, device=DEVICE, seeds=SEEDS)
     assert [ak.last_backend(name) for name in OPERATORS] == ["triton"] * len(OPERATORS)
 
 
@@ -55,21 +57,21 @@ def test_accuracy_of_layouts(layout, dtype):
     assert_tail_accurate((2, 9, 13, 12), dtype, "triton", layout, grad_layout, device=DEVICE, seeds=SEEDS)
 
 
+@OF_TRAINING
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("absent", ["relu", "dropout", "batch statistics"])
-def test_accuracy_of_what_may_be_absent(absent, layout):
+def test_accuracy_of_what_may_be_absent(absent, layout, dtype):
     flags = {"relu": absent != "relu", "dropout": absent != "dropout", "frozen": absent == "batch statistics"}
     shape = (2, 19, 9, 12)
-    assert_tail_accurate(shape, torch.float32, "triton", layout, layout, device=DEVICE, seeds=SEEDS, **flags)
+    assert_tail_accurate(shape, dtype, "triton", layout, layout, device=DEVICE, seeds=SEEDS, **flags)
 
 
+@OF_TRAINING
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("ratio", [5, 20, 1000])
-def test_accuracy_far_from_zero(ratio, layout):
+def test_accuracy_far_from_zero(ratio, layout, dtype):
     shape, relu = (2, 64, 9, 12), ratio < 1000  # so many channels that single draws do not scatter
-    assert_tail_accurate(
-        shape, torch.float32, "triton", layout, layout, relu=relu, offset=ratio, device=DEVICE, seeds=SEEDS
-    )
+    assert_tail_accurate(shape, dtype, "triton", layout, layout, relu=relu, offset=ratio, device=DEVICE, seeds=SEEDS)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])

@@ -27,7 +27,8 @@ from annnet_kernels.layouts import empty_tokens
 from annnet_kernels.pyramid import num_tokens
 
 DEVICE = "cpu" if interpreting() else "cuda"
-DTYPES = (torch.float32, torch.float16) if interpreting() else (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OF_TRAINING = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 SIZES = [1, 3, 6, 8]
 SHORT = (1, (2, 3), 5)
 CUT = (33, 80)
@@ -54,10 +55,11 @@ def _triton_backend():
         yield
 
 
+@OF_TRAINING
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_accuracy_of_shapes(shape, layout):
-    assert_pool_accurate(shape, torch.float32, "triton", layout, device=DEVICE, seeds=SEEDS)
+def test_accuracy_of_shapes(shape, layout, dtype):
+    assert_pool_accurate(shape, dtype, "triton", layout, device=DEVICE, seeds=SEEDS)
     assert ak.last_backend("pyramid_pool") == ak.last_backend("pyramid_pool_bwd") == "triton"
 
 
@@ -67,18 +69,17 @@ def test_accuracy_of_views(layout, dtype):
     assert_pool_accurate((1, 9, 13, 11), dtype, "triton", layout, sizes=SHORT, device=DEVICE, seeds=SEEDS)
 
 
+@OF_TRAINING
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("grad_layout", GRAD_LAYOUTS[1:])
-def test_accuracy_of_gradient_layouts(grad_layout, layout):
-    assert_pool_accurate((2, 16, 9, 11), torch.float32, "triton", layout, grad_layout, SHORT, DEVICE, SEEDS)
+def test_accuracy_of_gradient_layouts(grad_layout, layout, dtype):
+    assert_pool_accurate((2, 16, 9, 11), dtype, "triton", layout, grad_layout, SHORT, DEVICE, SEEDS)
 
 
-@pytest.mark.parametrize("height", [17, 2])
+@pytest.mark.parametrize(("height", "dtype"), [(17, torch.float32), (2, torch.bfloat16)])
 @pytest.mark.parametrize("sizes", [(1,), (11,), ((2, 5), 3), (1, 2, 3, 6), ((40, 3), (2, 40))], ids=str)
-def test_accuracy_of_pyramids(sizes, height):
-    assert_pool_accurate(
-        (1, 8, height, 41), torch.float32, "triton", "channels_last", sizes=sizes, device=DEVICE, seeds=SEEDS
-    )
+def test_accuracy_of_pyramids(sizes, height, dtype):
+    assert_pool_accurate((1, 8, height, 41), dtype, "triton", "channels_last", sizes=sizes, device=DEVICE, seeds=SEEDS)
 
 
 def forward_plan(x: Tensor, sizes: Sequence[int | tuple[int, int]] = SIZES):
@@ -149,7 +150,7 @@ COUNTED = [
     *(((1, 16, 33, 40), torch.float32, layout) for layout in ("nchw", "channels_last")),
     *(((1, 16, 1, 97), torch.float32, layout) for layout in ("nchw", "channels_last")),  # fewer pixels than tokens
     ((1, 16, 1, 97), torch.float16, "channels_last"),
-    ((1, 16, 200, 3), torch.float16, "channels_last"),
+    ((1, 16, 200, 3), torch.bfloat16, "channels_last"),
 ]
 
 
@@ -181,9 +182,9 @@ def test_bytes(shape, dtype, layout):
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_bytes_of_rectified(layout, with_map):
     """Each pass reads y and the other gradient of z, if there is one, once; only the last writes a map, once."""
-    y = random_map((1, 16, 65, 70), torch.float16, layout)
+    y = random_map((1, 16, 65, 70), torch.bfloat16, layout)
     norm, means = random_norm(16), torch.randn(2, 16)
-    gradients = random_token_gradient(1, 16, 110, torch.float16), random_map(y.shape, y.dtype, layout)
+    gradients = random_token_gradient(1, 16, 110, torch.bfloat16), random_map(y.shape, y.dtype, layout)
     gradients = gradients if with_map else (gradients[0], None)
     operators, size = torch.ops.annnet, y.numel() * y.element_size()
     with counted_bytes() as forward:
@@ -206,9 +207,9 @@ def test_bytes_of_rectified(layout, with_map):
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_pixel_reaches_only_its_bins(layout, bad):
-    x = random_map((1, 5, 33, 40), torch.float32, layout, DEVICE)
+@pytest.mark.parametrize(("bad", "dtype"), [(float("nan"), torch.float32), (float("inf"), torch.bfloat16)])
+def test_non_finite_pixel_reaches_only_its_bins(layout, bad, dtype):
+    x = random_map((1, 5, 33, 40), dtype, layout, DEVICE)
     row, column, channel = 16, 20, 3  # in two bins of some levels: on their edges
     x[0, channel, row, column] = bad
     spoiled = ~torch.ops.annnet.pyramid_pool(x, None, SIZES, SIZES).isfinite().cpu()
@@ -218,9 +219,10 @@ def test_non_finite_pixel_reaches_only_its_bins(layout, bad):
     assert spoiled.sum() == holds.sum()
 
 
+@OF_TRAINING
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-def test_non_finite_token_gradient_reaches_only_its_pixels(layout):
-    grad = random_token_gradient(1, 5, 110, torch.float32, device=DEVICE)
+def test_non_finite_token_gradient_reaches_only_its_pixels(layout, dtype):
+    grad = random_token_gradient(1, 5, 110, dtype, device=DEVICE)
     grad[0, 2, 60] = float("inf")
     dx = torch.ops.annnet.pyramid_pool_bwd(grad, [33, 40], SIZES, SIZES, layout == "channels_last", "triton")
     region = ak.token_regions(SIZES, (33, 40))[60]
@@ -231,8 +233,8 @@ def test_non_finite_token_gradient_reaches_only_its_pixels(layout):
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_bitwise_deterministic(layout):
-    x = random_map((2, 5, *CUT), torch.float16, layout, DEVICE)
-    grad = random_token_gradient(2, 5, 32, torch.float16, device=DEVICE)
+    x = random_map((2, 5, *CUT), torch.bfloat16, layout, DEVICE)
+    grad = random_token_gradient(2, 5, 32, torch.bfloat16, device=DEVICE)
     for first, second in zip(forward_and_backward(x, grad), forward_and_backward(x, grad), strict=True):
         assert torch.equal(first, second)
 
@@ -257,8 +259,8 @@ def surrounded(x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", [(1, 19, 13, 35), (1, 16, 13, 40)], ids=str)
 def test_touches_nothing_beyond_its_tensors(shape, channels_last):
-    x = random_map(shape, torch.float16, "channels_last" if channels_last else "nchw", DEVICE)
-    grad = random_token_gradient(1, shape[1], 32, torch.float16, device=DEVICE)
+    x = random_map(shape, torch.bfloat16, "channels_last" if channels_last else "nchw", DEVICE)
+    grad = random_token_gradient(1, shape[1], 32, torch.bfloat16, device=DEVICE)
     heights, widths = levels(SHORT)
     expected = forward_and_backward(x, grad, channels_last)
     outputs = [surrounded(torch.zeros_like(t)) for t in expected]
@@ -295,19 +297,21 @@ def test_accuracy_of_rectified_layouts(layout, dtype):
 @pytest.mark.parametrize("absent", ["with_tokens", "with_map", "with_statistics"])
 def test_accuracy_of_what_may_be_absent(absent, layout):
     assert_rectified_accurate(
-        (2, 16, 17, 24), torch.float16, "triton", layout, sizes=SHORT, device=DEVICE, seeds=SEEDS, **{absent: False}
+        (2, 16, 17, 24), torch.bfloat16, "triton", layout, sizes=SHORT, device=DEVICE, seeds=SEEDS, **{absent: False}
     )
 
 
-def test_accuracy_of_cut_rectified_maps():
+@OF_TRAINING
+def test_accuracy_of_cut_rectified_maps(dtype):
     shape = (2, 8, 33, 40)
-    assert_rectified_accurate(shape, torch.float32, "triton", "channels_last", sizes=SHORT, device=DEVICE, seeds=SEEDS)
+    assert_rectified_accurate(shape, dtype, "triton", "channels_last", sizes=SHORT, device=DEVICE, seeds=SEEDS)
 
 
+@OF_TRAINING
 @pytest.mark.parametrize(("layout", "map_layout"), [("nchw", "channels_last"), ("channels_last", "expanded")])
-def test_accuracy_of_maps_of_different_layouts(layout, map_layout):
+def test_accuracy_of_maps_of_different_layouts(layout, map_layout, dtype):
     assert_rectified_accurate(
-        (1, 9, 13, 11), torch.float32, "triton", layout, map_layout=map_layout, sizes=SHORT, device=DEVICE, seeds=SEEDS
+        (1, 9, 13, 11), dtype, "triton", layout, map_layout=map_layout, sizes=SHORT, device=DEVICE, seeds=SEEDS
     )
 
 

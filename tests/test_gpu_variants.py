@@ -1,0 +1,38 @@
+"""The GPU tests compile few kernels: counted on a stand-in for a GPU, where every one of them runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from annnet_kernels.backends import interpreting
+
+if interpreting():
+    pytest.skip("the stand-in driver needs compiled kernels", allow_module_level=True)
+pytest.importorskip("triton")
+
+from tools.gpu.stages import BLOCK_TESTS, OPERATOR_TESTS
+
+ROOT = Path(__file__).resolve().parent.parent
+MOST_VARIANTS = 200
+"""Each takes one or two seconds of a core, and a campaign has 16 cores for less than a minute."""
+
+
+def test_gpu_tests_compile_few_variants(tmp_path):
+    result = tmp_path / "count.json"
+    files = [str(ROOT / "tests" / name) for name in (*BLOCK_TESTS, *OPERATOR_TESTS)]
+    command = [sys.executable, "-m", "tools.standin.counting", "--json", str(result), *files]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    count = json.loads(result.read_text())
+    assert count["tests"] > 100
+    assert {"asymmetric_attention_fwd_kernel", "pyramid_pool_fwd_kernel", "batch_norm_map_kernel"} <= set(
+        count["kernels"]
+    )
+    assert count["variants"] <= MOST_VARIANTS, done.stdout
