@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import annnet_kernels as ak
 from annnet_kernels.decode_heads.algebra import convolve_resized
 from annnet_kernels.decode_heads.replacing import dialect_of, retype
 
@@ -39,11 +40,18 @@ def is_available(subject: str) -> bool:
 
 
 class Network(nn.Module):
-    """A network of transformers: logits in evaluation, in training the loss that it computes itself."""
+    """A network of transformers: logits in evaluation, in training a loss.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the network.
+        fused_loss: take the loss of this package from the small logits, instead of the loss that the network computes
+            itself from resized ones.
+    """
+
+    def __init__(self, model: nn.Module, fused_loss: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.fused_loss = fused_loss
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -51,6 +59,8 @@ class Network(nn.Module):
             return logits
         pixels = torch.arange(x.shape[0] * x.shape[2] * x.shape[3], device=x.device)
         labels = (pixels * 7919 % CLASSES).view(x.shape[0], *x.shape[2:])
+        if self.fused_loss:
+            return ak.upsampled_cross_entropy(self.model(pixel_values=x).logits, labels).view(1)
         loss: Tensor = self.model(pixel_values=x, labels=labels).loss
         return loss.view(1)
 
@@ -148,3 +158,11 @@ def replaced(subject: str) -> nn.Module:
             retype(head, dialect)  # the benchmark compares by itself
             return module
     raise ValueError(f"{subject}: expected a head that can be replaced, found none")
+
+
+def with_fused_loss(subject: str) -> nn.Module:
+    """A network with its head replaced and the loss of this package."""
+    module = replaced(subject)
+    assert isinstance(module, Network)
+    module.fused_loss = True
+    return module

@@ -44,6 +44,7 @@ class Provider:
         effort: in which selections it runs: "quick", "standard" or "full", each including the ones before it.
         statistics: whether it promises the published running statistics (the shared projection of APNB counts twice).
         folded: whether weights are folded once they are loaded; such a provider runs in evaluation only.
+        training_only: whether it differs from ours in training only, and is left out of evaluation.
         gpu: whether it runs in the cases for a GPU only.
         needs: finds what must be installed for it; None where it is not.
     """
@@ -56,6 +57,7 @@ class Provider:
     effort: str = "quick"
     statistics: bool = True
     folded: bool = False
+    training_only: bool = False
     gpu: bool = False
     needs: Callable[[], object] | None = None
 
@@ -338,6 +340,10 @@ _UPSAMPLED = (
     Provider("plain compiled", _upsampled(False), compile="default"),
     Provider("plain max-autotune", _upsampled(False), compile=_MAX_AUTOTUNE, effort="full"),
 )
+_NETWORKS = (
+    *_HEADS,
+    Provider("ours, fused loss", lambda case: heads.with_fused_loss(case.subject), HEAD, training_only=True),
+)
 _BY_SUBJECT = {
     "pyramid_pool": _POOL,
     "asymmetric_attention": _ATTENTION,
@@ -345,7 +351,9 @@ _BY_SUBJECT = {
     "APNB": _BLOCK,
     PAIR: _PAIR,
     MODEL: _MODEL,
-    **dict.fromkeys(heads.HEADS, _HEADS),
+    **dict.fromkeys(heads.LAYERS, _HEADS),
+    **dict.fromkeys((heads.SEGFORMER_B0, heads.SEGFORMER_B2), _NETWORKS),
+    heads.SWIN: _HEADS,  # which resizes its logits before it returns them
     **dict.fromkeys(upsampled.SUBJECTS, _UPSAMPLED),
 }
 EFFORTS = ("quick", "standard", "full")
@@ -367,7 +375,8 @@ def left_out(case: Case, effort: str) -> list[str]:
 
 def _in_mode(case: Case) -> list[Provider]:
     on_gpu = any(tag.startswith("gpu-") for tag in case.tags)
-    return [p for p in _BY_SUBJECT[case.subject] if not (p.folded and case.training) and (on_gpu or not p.gpu)]
+    fitting = [p for p in _BY_SUBJECT[case.subject] if not (p.training_only if not case.training else p.folded)]
+    return [p for p in fitting if on_gpu or not p.gpu]
 
 
 def template(case: Case) -> nn.Module | None:
