@@ -34,7 +34,7 @@ def test_the_weights_of_a_line_are_those_of_interpolate(align_corners):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_accuracy_of_layouts(layout, dtype, backend):
     for reduction in ("mean", "none"):
-        assert_accurate((2, 19, 5, 6), (40, 45), dtype, backend, layout, reduction=reduction)
+        assert_accurate((2, 11, 3, 4), (24, 29), dtype, backend, layout, reduction=reduction)
     assert [ak.last_backend(name) for name in OPERATORS] == [backend] * 2
 
 
@@ -45,7 +45,7 @@ SIZES = [
     ((3, 5, 1, 1), (9, 17)),  # one cell
     ((2, 4, 5, 1), (1, 9)),
     ((1, 9, 3, 20), (40, 20)),  # more rows between two rows of cells than are made together
-    ((1, 2, 70, 3), (140, 6)),  # several rows of cells in a unit
+    ((1, 2, 70, 3), (71, 6)),  # several rows of cells in a unit
     ((1, 1000, 2, 3), (9, 10)),
 ]
 
@@ -54,7 +54,7 @@ SIZES = [
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize(("shape", "size"), SIZES, ids=str)
 def test_accuracy_of_sizes(shape, size, align_corners, backend):
-    for reduction in ("sum", "none"):
+    for reduction in ("none",) if backend == "reference" else ("sum", "none"):
         assert_accurate(shape, size, torch.float32, backend, reduction=reduction, align_corners=align_corners)
 
 
