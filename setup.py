@@ -9,7 +9,7 @@
 | ANNNET_CPU_LEVELS    | instruction levels of the CPU kernels beside the baseline: `native` (default), the      |
 |                      | highest that this processor has; `runnable`, all that it has; `all`, for a wheel that   |
 |                      | other machines install; or names, as `avx2,avx512`                                      |
-| ANNNET_CPU=0         | no CPU part: what a GPU needs takes seconds to build, the CPU's levels minutes          |
+| ANNNET_CPU=0         | no CPU part: the CUDA part alone builds faster                                          |
 | ANNNET_DEBUG=1       | -O0 -g instead of -O3                                                                   |
 | CXX, MAX_JOBS        | compiler and parallel jobs, as everywhere in PyTorch                                    |
 | CUDA_HOME            | toolkit, instead of that of the nvcc on the PATH                                        |

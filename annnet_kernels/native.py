@@ -121,12 +121,12 @@ def cpu_level() -> str | None:
 
 def built_cpu_levels() -> tuple[str, ...]:
     """Instruction levels that the extension was built for, lowest first; empty when it is not loaded."""
-    return () if _load_failure is not None else tuple(importlib.import_module("annnet_kernels._C").built_levels())
+    return () if why_not("cpu") is not None else tuple(importlib.import_module("annnet_kernels._C").built_levels())
 
 
 def processor_level() -> str | None:
     """The highest instruction level that the running processor has; None when the extension is not loaded."""
-    if _load_failure is not None:
+    if why_not("cpu") is not None:
         return None
     level: str = importlib.import_module("annnet_kernels._C").processor_level()
     return level

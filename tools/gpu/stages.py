@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 DTYPES = ("bfloat16", "float16", "float32")
-MODULES = ("asymmetric_attention", "bn_relu_pool", "batch_norm", "pyramid_pool")
+MODULES = ("asymmetric_attention", "bn_relu_pool", "batch_norm", "pyramid_pool", "upsampled_cross_entropy")
 
 BLOCK_TESTS = ("test_cuda.py", "test_amp.py", "test_modules.py", "test_compile.py")
 """Files whose GPU tests concern blocks: streams, graphs, determinism, mixed precision, compilation."""
