@@ -16,30 +16,14 @@ backward has to cancel it.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache, partial, reduce
+from collections.abc import Sequence
+from functools import cache, reduce
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .autocast import no_autocast
-from .backends import requested_backend, use_backend
-from .functional import asymmetric_attention, pyramid_pool
-from .normalization import (
-    FUSABLE_NORMS,
-    FeatureMap,
-    Product,
-    apply_tail,
-    attend,
-    channel_scale,
-    norm_of,
-    pool_map,
-    uses_batch_statistics,
-)
 from .tracers import jit_tracing
 
 
@@ -80,110 +64,6 @@ class Parts(NamedTuple):
     def pool_sizes(self) -> list[tuple[int, int]]:
         sizes = [pool.output_size for pool in self.pools]
         return [cast("tuple[int, int]", size if isinstance(size, tuple) else (size, size)) for size in sizes]
-
-
-def collapsed_forward(parts: Parts, low: Tensor, high: Tensor, *, recompute: bool = False) -> Tensor:
-    """The block's output (B, C_out, H, W) from low (B, C_l, H_l, W_l) and high (B, C_h, H, W).
-
-    With ``recompute`` the map ahead of the tail is not kept for the backward pass but made again there.
-    """
-    weights = weights_of(parts)
-    value = token_values(weights, pyramid_pool(low, parts.pool_sizes()))
-    product = Product(None if weights.high is None else high, weights.high, constant_of(parts, weights))
-    attend = _attention(parts, low, high, value, product)
-    out = attend()
-    if recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        with made_again(out, attend):
-            return epilogue(parts.tail, out)
-    return epilogue(parts.tail, out)
-
-
-def _attention(parts: Parts, low: Tensor, high: Tensor, value: Tensor, product: Product) -> Callable[[], Tensor]:
-    """Makes A U + product, with queries from ``high`` and keys from ``low``; statistics are updated here, once."""
-    shared = parts.is_shared()
-    calls = 2 if shared else 1  # in an APNB the published block projects twice
-    if not _is_fusable(parts.query):
-        query = _rectified(parts.query, high, calls)
-        tokens = pyramid_pool(query, parts.pool_sizes()) if shared else _pooled_key(parts, low)
-        return lambda: asymmetric_attention(query, tokens, value.to(query.dtype)) + _sum_of(product, query)
-    query_map = _raw(parts.query, high, calls)
-    key = None if shared else _pooled_key(parts, low)
-    return partial(attend, query_map, key, value, product, parts.pool_sizes())
-
-
-def _sum_of(product: Product, query: Tensor) -> Tensor:
-    """X Wᵀ + c in the dtype of ``query``; c alone, (C, 1, 1), without a bottleneck."""
-    x, weight, constant = (None if operand is None else operand.to(query.dtype) for operand in product)
-    assert constant is not None
-    return constant[:, None, None] if x is None or weight is None else F.conv2d(x, weight, constant)
-
-
-@contextmanager
-def made_again(out: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
-    """Within, whoever keeps ``out`` for its backward pass keeps nothing, and gets what ``make`` makes then."""
-    backend, reference = requested_backend(), weakref.ref(out)  # autograd keeps the hooks, and what they hold
-
-    def pack(kept: Tensor) -> Tensor | None:
-        out = reference()
-        return None if out is not None and kept.is_set_to(out) else kept
-
-    def unpack(kept: Tensor | None) -> Tensor:
-        if kept is not None:
-            return kept
-        with use_backend(backend), torch.no_grad():
-            return make()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
-
-
-def _pooled_key(parts: Parts, low: Tensor) -> Tensor:
-    """Keys of an AFNB, (B, C_k, T)."""
-    if not _is_fusable(parts.key):
-        return pyramid_pool(_rectified(parts.key, low, calls=1), parts.pool_sizes())
-    return pool_map(_raw(parts.key, low, calls=1), parts.pool_sizes())
-
-
-def epilogue(tail: Sequence[nn.Module], out: Tensor) -> Tensor:
-    """Norm, activation and dropout behind the bottleneck; a batch norm and what follows it as one reader of ``out``."""
-    modules = list(tail)
-    if modules and type(modules[0]) in FUSABLE_NORMS:
-        norm = modules.pop(0)
-        relu = len(modules) > 0 and type(modules[0]) is nn.ReLU  # torch 2.11 traces no bool() of a list
-        if relu:
-            modules.pop(0)
-        dropout = cast(nn.Dropout2d, modules.pop(0)) if modules and type(modules[0]) is nn.Dropout2d else None
-        scale = channel_scale(dropout, out, out.shape[1])
-        out = apply_tail(FeatureMap(out, norm_of(norm, out)), relu, scale)
-    for module in modules:
-        out = module(out)
-    return out
-
-
-def _is_fusable(projection: Projection) -> bool:
-    """Whether readers can normalise and rectify; any other norm or activation is called as the module it is."""
-    return type(projection.norm) in FUSABLE_NORMS and type(projection.activation) is nn.ReLU
-
-
-def _raw(projection: Projection, x: Tensor, calls: int) -> FeatureMap:
-    """The projection ahead of its batch norm, with what that norm does to it."""
-    conv, norm = projection.conv, projection.norm
-    if uses_batch_statistics(norm):  # they cancel the convolution's bias
-        y = F.conv2d(x, conv.weight, None)
-        return FeatureMap(y, norm_of(norm, y, conv_bias=conv.bias, calls=calls))
-    y = F.conv2d(x, conv.weight, conv.bias)
-    return FeatureMap(y, norm_of(norm, y))
-
-
-def _rectified(projection: Projection, x: Tensor, calls: int) -> Tensor:
-    """activation(norm(conv(x))) as a map; a norm with running statistics is called as often as published."""
-    y = projection.conv(x)
-    if projection.norm.training and any(True for _ in projection.norm.buffers()):
-        with torch.no_grad():
-            for _ in range(calls - 1):
-                projection.norm(y)
-    rectified: Tensor = projection.activation(projection.norm(y))
-    return rectified
 
 
 def weights_of(parts: Parts) -> Weights:

@@ -26,17 +26,9 @@ from torch import Tensor, nn
 
 from . import checks, onnx
 from .autocast import no_autocast
-from .collapse import Parts, chain_product, collapsed_forward, constant_of, matrices_of, weights_of
-from .functional import pyramid_pool
-from .normalization import (
-    FUSABLE_NORMS,
-    FeatureMap,
-    Product,
-    attend,
-    norm_of,
-    pool_map,
-    uses_batch_statistics,
-)
+from .collapse import Parts, chain_product, constant_of, matrices_of, weights_of
+from .forward import WHOLE, Cut, block_forward, collapsed_forward
+from .normalization import FUSABLE_NORMS, Skip, uses_batch_statistics
 from .requirements import HOOKS, LASTING, ONCE_GATHERED, TO_COLLAPSE, parts_to_collapse, why_not, why_plain
 from .structures import OddStructure
 from .tracers import jit_tracing
@@ -49,6 +41,19 @@ class FoldedBlock(NamedTuple):
     weight: Tensor | None  # Ŵ, (C_out, C_h, 1, 1); None without a bottleneck
     constant: Tensor  # ĉ, (C_out)
     relu: bool
+
+    def values(self, tokens: Tensor) -> Tensor:
+        """The pooled features times M."""
+        with no_autocast(tokens.device.type):
+            return torch.matmul(self.token_matrix.t(), tokens.to(self.token_matrix.dtype))
+
+    def skip(self, high: Tensor) -> Skip:
+        """X_h Ŵᵀ + ĉ."""
+        return Skip(None if self.weight is None else high, self.weight, self.constant)
+
+    def finish(self, out: Tensor, cut: Cut, scale: Tensor | None) -> Tensor:
+        """The norm is in the weights."""
+        return out.relu_() if self.relu else out
 
 
 class FoldedPair(NamedTuple):
@@ -87,7 +92,7 @@ class Fold:
 
     def forward(self, parts: Parts, low: Tensor, high: Tensor) -> Tensor:
         """The block's output."""
-        return folded_forward(self.block, parts, low, high)
+        return block_forward(parts, self.block, low, high, WHOLE)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
@@ -301,24 +306,15 @@ def fold_pair(block: FoldedBlock, conv: nn.Conv2d) -> FoldedPair:
     )
 
 
-def folded_forward(block: FoldedBlock, parts: Parts, low: Tensor, high: Tensor) -> Tensor:
-    """The output of a folded block, (B, C_out, H, W)."""
-    pooled = pyramid_pool(low, parts.pool_sizes())
-    with no_autocast(low.device.type):
-        value = torch.matmul(block.token_matrix.t(), pooled.to(block.token_matrix.dtype))
-    product = Product(None if block.weight is None else high, block.weight, block.constant)
-    out = _attend(parts, low, high, value, product)
-    return out.relu_() if block.relu else out
-
-
 def merged_forward(pair: FoldedPair, conv: nn.Conv2d, parts: Parts, low: Tensor, high: Tensor) -> Tensor:
     """The output of the convolution behind a folded AFNB, (B, O, H', W')."""
-    pooled = pyramid_pool(low, parts.pool_sizes())
+    read = WHOLE.read(parts, low, high)
+    pooled = read.tokens
     batch, _, tokens = pooled.shape
     # The attention itself as a map, and a last channel of ones (its rows sum to 1) that carries the constant.
     own = torch.eye(tokens, dtype=pooled.dtype, device=pooled.device)
     selector = torch.cat([own, pooled.new_ones(1, tokens)]).expand(batch, -1, -1)
-    attention = _attend(parts, low, high, selector, Product(None, None, None))
+    attention = WHOLE.attend(read, selector, Skip(None, None, None), parts)
     with no_autocast(low.device.type):
         kernels = torch.matmul(pair.token_weight, pooled.to(pair.token_weight.dtype)[:, None, None])
         constant = pair.constant_weight[:, :, :, None].expand(batch, -1, -1, -1, -1)
@@ -328,12 +324,3 @@ def merged_forward(pair: FoldedPair, conv: nn.Conv2d, parts: Parts, low: Tensor,
     for image in range(batch):  # every image has kernels of its own
         out[image].add_(F.conv2d(attention[image], kernels[image].to(attention.dtype), None, *geometry))
     return out
-
-
-def _attend(parts: Parts, low: Tensor, high: Tensor, value: Tensor, product: Product) -> Tensor:
-    y = F.conv2d(high, parts.query.conv.weight, parts.query.conv.bias)
-    key = None
-    if not parts.is_shared():
-        raw = F.conv2d(low, parts.key.conv.weight, parts.key.conv.bias)
-        key = pool_map(FeatureMap(raw, norm_of(parts.key.norm, raw)), parts.pool_sizes())
-    return attend(FeatureMap(y, norm_of(parts.query.norm, y)), key, value, product, parts.pool_sizes())

@@ -24,11 +24,12 @@ from . import checks
 from .autocast import autocast_dtype
 from .collapse import Parts
 from .folding import Foldable
+from .forward import Collapsed, block_forward
 from .normalization import FUSABLE_NORMS, uses_batch_statistics
 from .pyramid import num_tokens
 from .recognition import names_of
 from .requirements import TO_COLLAPSE, why_not
-from .row_shards import Band, sharded_forward
+from .row_shards import Band, Rows
 from .structures import OddStructure
 
 if TYPE_CHECKING:
@@ -263,7 +264,8 @@ class _RowSharded(Foldable):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         parts, maps, band = self._agree(args, kwargs)
-        return sharded_forward(parts, maps[0], maps[-1], band, self._rows.group, self.recompute)
+        rows = Rows(band, self._rows.group)
+        return block_forward(parts, Collapsed.of(parts), maps[0], maps[-1], rows, recompute=self.recompute)
 
     def _agree(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Parts, tuple[Tensor, ...], Band]:
         """The block's parts, the maps that it is called with, and which rows of the low-level one these are.

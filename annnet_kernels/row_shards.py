@@ -16,22 +16,20 @@ Sums over processes are float32 at least, and all that is known at one time goes
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .backends import requested_backend
-from .collapse import Parts, Projection, constant_of, made_again, token_values, weights_of
+from .collapse import Parts, Projection
+from .forward import Read, convolve
 from .layouts import is_channels_last
 from .normalization import (
     FeatureMap,
-    Product,
-    apply_tail,
+    Skip,
     batch_norm,
     channel_scale,
     frozen_norm,
@@ -227,65 +225,59 @@ class RectifiedAttention(NormalizedAttention):
         return dz, *(None,) * 4, dkey, dvalue, *of_product, *(None,) * 3
 
 
-def sharded_forward(parts: Parts, low: Tensor, high: Tensor, band: Band, group: Any, recompute: bool) -> Tensor:
-    """The rows of the block's output that belong to this process, (B, C_out, rows', W')."""
-    shared = parts.is_shared()
-    readings = [_read(parts.key, low, calls=2 if shared else 1)]
-    if not shared:
-        readings.append(_read(parts.query, high, calls=1))
-    maps = with_norms(readings, group)
-    norms = [map.norm for map in maps if map.norm is not None]
-    dropout = next((m for m in parts.tail if type(m) is nn.Dropout2d), None)
-    tokens, keys, query, scale = ShardedTokens.apply(
-        low,
-        readings[0].y,
-        None if shared else readings[1].y,
-        channel_scale(dropout, readings[-1].y, parts.out.out_channels),
-        [norm.share for norm in norms],
-        band,
-        group,
-        requested_backend(),
-        *(operand for norm in norms for operand in norm.operands()),
-    )
-    weights = weights_of(parts)
-    value = token_values(weights, tokens)
-    product = Product(None if weights.high is None else high, weights.high, constant_of(parts, weights))
-    attend = partial(_attend, FeatureMap(query, norms[-1]), keys, value, product)
-    out = attend()
-    if not parts.tail:
+class Rows(NamedTuple):
+    """A process holds a band of rows of every map: a ``Cut`` for :func:`annnet_kernels.forward.block_forward`."""
+
+    band: Band
+    group: Any
+
+    def read(self, parts: Parts, low: Tensor, high: Tensor) -> Read:
+        """As of whole maps; tokens, keys and the first process's draw of the dropout come in one message."""
+        shared = parts.is_shared()
+        readings = [self._reading(parts.key, low, calls=2 if shared else 1)]
+        if not shared:
+            readings.append(self._reading(parts.query, high, calls=1))
+        maps = with_norms(readings, self.group)
+        norms = [map.norm for map in maps if map.norm is not None]
+        dropout = next((m for m in parts.tail if type(m) is nn.Dropout2d), None)
+        tokens, keys, query, scale = ShardedTokens.apply(
+            low,
+            maps[0].data,
+            None if shared else maps[1].data,
+            channel_scale(dropout, maps[-1].data, parts.out.out_channels),
+            [norm.share for norm in norms],
+            self.band,
+            self.group,
+            requested_backend(),
+            *(operand for norm in norms for operand in norm.operands()),
+        )
+        return Read(tokens, keys, FeatureMap(query, norms[-1]), scale)
+
+    def _reading(self, projection: Projection, x: Tensor, calls: int) -> Reading:
+        y, conv_bias = convolve(projection, x)
+        return Reading(projection.norm, y, conv_bias, calls)
+
+    def attend(self, read: Read, values: Tensor, skip: Skip, parts: Parts) -> Tensor:
+        """As for whole maps; the gradient of the rectified query goes to :class:`ShardedTokens`."""
+        y, norm = read.query
+        assert norm is not None
+        x, weight, constant = skip
+        out: Tensor
+        out, _, _ = apply(
+            RectifiedAttention,
+            y,
+            *norm.operands(),
+            read.keys,
+            values.to(y.dtype),
+            *(None if operand is None else operand.to(y.dtype) for operand in (x, weight)),
+            None if constant is None else constant.to(norm.table.dtype),
+            Share(None, None),
+            Levels([], []),
+            requested_backend(),
+        )
         return out
-    (tail,) = with_norms([Reading(parts.tail[0], out)], group)
-    relu = any(type(m) is nn.ReLU for m in parts.tail)
-    if recompute and torch.is_grad_enabled():
-        with made_again(out, attend):
-            return apply_tail(tail, relu, scale)
-    return apply_tail(tail, relu, scale)
 
-
-def _read(projection: Projection, x: Tensor, calls: int) -> Reading:
-    """The projection ahead of its batch norm; batch statistics cancel the convolution's bias."""
-    conv, norm = projection.conv, projection.norm
-    if uses_batch_statistics(norm):
-        return Reading(norm, F.conv2d(x, conv.weight, None), conv.bias, calls)
-    return Reading(norm, F.conv2d(x, conv.weight, conv.bias))
-
-
-def _attend(query: FeatureMap, keys: Tensor, value: Tensor, product: Product) -> Tensor:
-    """A U + product for queries relu(z), all in the dtype of the raw map."""
-    y, norm = query
-    assert norm is not None
-    x, weight, constant = product
-    out: Tensor
-    out, _, _ = apply(
-        RectifiedAttention,
-        y,
-        *norm.operands(),
-        keys,
-        value.to(y.dtype),
-        *(None if operand is None else operand.to(y.dtype) for operand in (x, weight)),
-        None if constant is None else constant.to(norm.table.dtype),
-        Share(None, None),
-        Levels([], []),
-        requested_backend(),
-    )
-    return out
+    def with_norm(self, norm: Any, y: Tensor) -> FeatureMap:
+        """``y`` with what ``norm`` does to the whole map."""
+        (map,) = with_norms([Reading(norm, y)], self.group)
+        return map

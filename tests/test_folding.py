@@ -31,7 +31,7 @@ def model():
 def runs_folded(module, monkeypatch, *maps):
     """Whether a call without gradients uses a fold."""
     used = []
-    for name in ("folded_forward", "merged_forward"):
+    for name in ("block_forward", "merged_forward"):
         real = getattr(folding, name)
         monkeypatch.setattr(folding, name, lambda *a, real=real, name=name: used.append(name) or real(*a))
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_a_folded_block_equals_the_unfolded(kind, options, monkeypatch):
     expected = fused(*maps).detach()
     report = ak.fold_for_inference(fused)
     assert str(report) == "folded (the model): alone"
-    assert runs_folded(fused, monkeypatch, *maps) == ["folded_forward"]
+    assert runs_folded(fused, monkeypatch, *maps) == ["block_forward"]
     with torch.inference_mode():
         torch.testing.assert_close(fused(*maps), expected, rtol=1e-11, atol=1e-12)
 
@@ -62,7 +62,7 @@ def test_a_folded_model_merges_the_convolution_exactly_borders_included(layout, 
     state = copy.deepcopy(net.state_dict())
     report = ak.fold_for_inference(net)
     assert report.folded == {"fusion": "merged with the convolution behind it", "context.2": "alone"}
-    assert runs_folded(net, monkeypatch, x) == ["merged_forward", "folded_forward"]
+    assert runs_folded(net, monkeypatch, x) == ["merged_forward", "block_forward"]
     with torch.no_grad():
         torch.testing.assert_close(net(x), expected, rtol=1e-10, atol=1e-11)
     assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
@@ -266,7 +266,7 @@ def test_replaced_blocks_fold_and_restoring_unfolds(monkeypatch):
     ak.replace_blocks(block)
     ak.fold_for_inference(block)
     assert "collapsed, folded" in repr(block)
-    assert runs_folded(block, monkeypatch, *maps) == ["folded_forward"]
+    assert runs_folded(block, monkeypatch, *maps) == ["block_forward"]
     with torch.no_grad():
         torch.testing.assert_close(block(*maps), expected)
     ak.restore_blocks(block)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..autocast import autocast_dtype
-from ..collapse import epilogue
+from ..forward import epilogue
 from ..functional import pyramid_pool
 from ..requirements import HOOKS, WEIGHT_CLASSES, traced_by_jit, vectorised, watching_hooks
 from ..tracers import exporting, exporting_to_onnx
