@@ -500,8 +500,8 @@ def test_a_fold_is_not_used(alone):
 @pytest.mark.parametrize(("recompute", "calls"), [(False, 1), (True, 2)])
 def test_recomputing_attends_once_more(recompute, calls, alone, monkeypatch):
     made = []
-    real = row_shards._attend
-    monkeypatch.setattr(row_shards, "_attend", lambda *operands: made.append(None) or real(*operands))
+    real = row_shards.Rows.attend
+    monkeypatch.setattr(row_shards.Rows, "attend", lambda *operands: made.append(None) or real(*operands))
     block = ak.parallel.shard_rows(build("AFNB", fused=True, recompute=recompute))
     step(block, *draw("AFNB", torch.float32))
     assert len(made) == calls
