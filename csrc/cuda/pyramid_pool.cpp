@@ -57,8 +57,8 @@ void pool(const at::Tensor& x, const std::optional<at::Tensor>& norm, at::IntArr
   if (norm) {
     ANNNET_CHECK_SHAPE(*norm, 4, x.size(1));
     const at::Tensor columns = norm->unsqueeze(-1).unsqueeze(-1);
-    const at::Tensor finished =
-        ((x.to(norm->scalar_type()) - columns[0]) * columns[1] * columns[2] + columns[3]).relu();
+    const at::Tensor centred = x.to(norm->scalar_type()).sub(columns[0]);
+    const at::Tensor finished = centred.mul(columns[1]).mul(columns[2]).add(columns[3]).relu();
     at::Tensor tokens = at::empty_like(out, out.options().dtype(norm->scalar_type()));
     pool(finished, std::nullopt, heights, widths, tokens);
     out.copy_(tokens);
