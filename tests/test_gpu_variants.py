@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,3 +37,13 @@ def test_gpu_tests_compile_few_variants(tmp_path):
         count["kernels"]
     )
     assert count["variants"] <= MOST_VARIANTS, done.stdout
+
+
+def test_the_selection_names_tests_that_there_are():
+    """A test that was renamed would run on a GPU with all its variants."""
+    folder = ROOT / "tests" / "interpreter"
+    text = (folder / "gpu_selection.py").read_text()
+    there = set(re.findall(r"^def (test_\w+)\(", "\n".join(p.read_text() for p in folder.glob("test_*.py")), re.M))
+    named = set(re.findall(r'^    "(?:test_\w+\.py::)?(test_\w+)": ', text, re.M))
+    assert len(named) > 20
+    assert named <= there
