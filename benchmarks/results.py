@@ -1,4 +1,4 @@
-"""The tables of the README and of docs/performance.md, written from the records in ``benchmarks/results/DEVICE-DATE/``."""
+"""The tables of the README and of docs/performance.md, written from the records in ``results/DEVICE-DATE/``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's quick start runs and prints what it says it prints; the tables of README and docs come from the records and the tests."""
+"""The README's quick start prints what it says it prints; tables come from the records and the tests."""
 
 import contextlib
 import io
