@@ -1,8 +1,9 @@
-"""The README's tables, written from the records in ``benchmarks/results/DEVICE-DATE/``."""
+"""The tables of the README and of docs/performance.md, written from the records in ``results/DEVICE-DATE/``."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
@@ -14,10 +15,19 @@ from .records import RECORD, load
 from .report import Record, Row, describe, rows
 from .runner import OUT_OF_MEMORY
 
-README = ROOT / "README.md"
+README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 RESULTS = Path(__file__).with_name("results")
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 PEERS = (PLAIN, "plain compiled", "SDPA on pooled keys", NAIVE)
+HEADLINES = (
+    "pyramid_pool 512, 1×97×97, float32, channels_last, forward + backward",
+    "asymmetric_attention 256, 1×97×97, float32, nchw, forward",
+    "APNB 512→512, 1×97×97, float32, nchw, evaluation",
+    "APNB 512→512, 1×97×97, float32, nchw, training step",
+    "AFNB 1024/2048→2048, 1×49×49, float32, nchw, training step",
+    "APNB 2048→2048, 1×128×256, float32, nchw, evaluation",
+)
+"""The cases that the README shows, of every record that holds them."""
 
 
 def new_folder(device_name: str) -> Path:
@@ -26,8 +36,11 @@ def new_folder(device_name: str) -> Path:
     return RESULTS / f"{device}-{date.today().isoformat()}"
 
 
-def summary(record: Record) -> str:
-    """One row per case: ours in ms, how much longer each peer takes, how much more memory the plain one needs."""
+def summary(record: Record, cases: Sequence[str] | None = None) -> str:
+    """One row per case: ours in ms, how much longer each peer takes, how much more memory the plain one needs.
+
+    ``cases`` are the names of those to show; None shows all.
+    """
     lines = [
         f"**{describe(record)}**",
         "",
@@ -35,6 +48,8 @@ def summary(record: Record) -> str:
         f"| --- |{' ---: |' * (len(PEERS) + 2)}",
     ]
     for case in record["cases"]:
+        if cases is not None and case["name"] not in cases:
+            continue
         found = {row.provider: row for row in rows(case)}
         ours = found.get(OURS)
         if ours is None or ours.seconds is None:
@@ -57,17 +72,17 @@ def _slower(row: Row | None) -> str:
     return row.status if row.status == OUT_OF_MEMORY else ""
 
 
-def generate(readme: str, records: list[Record]) -> str:
-    """The README with the part between its two markers rewritten.
+def generate(page: str, records: list[Record], cases: Sequence[str] | None = None) -> str:
+    """The page with the part between its two markers rewritten.
 
     Raises:
         ValueError: the markers are missing.
     """
-    if BEGIN not in readme or END not in readme:
-        raise ValueError(f"README.md: expected the markers {BEGIN} and {END}")
-    before, rest = readme.split(BEGIN, 1)
+    if BEGIN not in page or END not in page:
+        raise ValueError(f"expected the markers {BEGIN} and {END} in the page")
+    before, rest = page.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
-    tables = "\n\n".join(summary(record) for record in records) or "Nothing measured yet."
+    tables = "\n\n".join(summary(record, cases) for record in records) or "Nothing measured yet."
     return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
 
 
@@ -76,16 +91,24 @@ def recorded() -> list[Record]:
     return [load(path) for path in sorted(RESULTS.glob(f"*/{RECORD}"))]
 
 
+def pages() -> dict[Path, str]:
+    """What the README and docs/performance.md have to say, by their paths."""
+    records = recorded()
+    return {
+        README: generate(README.read_text(), records, HEADLINES),
+        PERFORMANCE: generate(PERFORMANCE.read_text(), records),
+    }
+
+
 def run(check: bool, console: Console) -> int:
-    """Rewrite the README, or with ``check`` say whether it differs (exit code 1)."""
-    current = README.read_text()
-    wanted = generate(current, recorded())
-    if current == wanted:
-        console.print("README.md agrees with the records")
-        return 0
-    if check:
-        console.print("README.md differs from the records; run: python -m benchmarks readme")
-        return 1
-    README.write_text(wanted)
-    console.print("README.md rewritten from the records")
-    return 0
+    """Rewrite the two pages, or with ``check`` say which differs (exit code 1)."""
+    differing = {path: wanted for path, wanted in pages().items() if path.read_text() != wanted}
+    for path, wanted in differing.items():
+        if check:
+            console.print(f"{path.name} differs from the records; run: python -m benchmarks readme")
+        else:
+            path.write_text(wanted)
+            console.print(f"{path.name} rewritten from the records")
+    if not differing:
+        console.print("README.md and docs/performance.md agree with the records")
+    return 1 if check and differing else 0

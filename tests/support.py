@@ -1,4 +1,4 @@
-"""``python tests/support.py``: writes the README's support tables from the tests that there are.
+"""``python tests/support.py``: writes the tables of docs/support.md from the tests that there are.
 
 Which tests show what is said here, once; what dtypes and implementations they run with, and whether they need a GPU, is
 read from pytest's collection of them. A test that was renamed or lost its parameters leaves a cell empty or is an
@@ -238,14 +238,14 @@ def table(*rows: list[str]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body))
 
 
-def generate(readme: str) -> str:
-    """The README with its tables written anew."""
+def generate(page: str) -> str:
+    """The page with its tables written anew."""
     here, interpreted = collected(TRITON_INTERPRET="0"), collected(TRITON_INTERPRET="1")
     missing = set(named_tests()) - {c.test for c in here}
     if missing:
         raise SystemExit(f"tests/support.py names tests that are not there: {', '.join(sorted(missing))}")
     on_gpu = recorded_on_gpus()
-    before, _, rest = readme.partition(BEGIN)
+    before, _, rest = page.partition(BEGIN)
     lines = [
         BEGIN,
         table(["forward and backward", "where", *DTYPES], *operator_rows(here, interpreted, on_gpu)),
@@ -261,13 +261,13 @@ def main(option: str | None) -> None:
     if option == "--collect":
         collect()
         return
-    path = ROOT / "README.md"
-    readme = path.read_text()
-    new = generate(readme)
+    path = ROOT / "docs" / "support.md"
+    page = path.read_text()
+    new = generate(page)
     if option != "--check":
         path.write_text(new)
-    elif new != readme:
-        raise SystemExit("the README's support tables are not those of the tests: python tests/support.py")
+    elif new != page:
+        raise SystemExit("the tables of docs/support.md are not those of the tests: python tests/support.py")
 
 
 if __name__ == "__main__":
