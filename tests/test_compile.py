@@ -128,17 +128,17 @@ def test_cuda_graphs_of_inductor():
     assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
-@pytest.mark.tool("torch.compile with compiled autograd", "works", "aot_eager and inductor, training and evaluation")
+@pytest.mark.tool("torch.compile with compiled autograd", "works", "training and evaluation")
 @pytest.mark.parametrize(
     ("kind", "training", "backend"),
     [
         ("AFNB", True, "aot_eager"),
         ("APNB", False, "aot_eager"),
-        ("APNB", True, "aot_eager"),
-        ("APNB", True, "inductor"),
+        ("APNB", True, "aot_eager_decomp_partition"),
     ],
 )
 def test_compiled_autograd(kind, training, backend):
+    """The last backend is inductor but for the code it writes, which takes minutes to compile."""
     block = build(kind)[0].train(training)
     twin = copy.deepcopy(block)
     maps = draw(SIZES[0])[-len(MAPS[kind]) :]
