@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -49,7 +50,8 @@ def assert_triton_accurate(shape, dtype, seeds=SEEDS, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_accuracy_of_shapes(shape, dtype):
-    assert_triton_accurate(shape, dtype)
+    few_values = math.prod(shape) < 100  # the median of an error that four values decide scatters over few seeds
+    assert_triton_accurate(shape, dtype, seeds=9 * SEEDS if few_values else SEEDS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
