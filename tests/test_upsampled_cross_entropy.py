@@ -211,6 +211,7 @@ def test_class_weights_get_no_gradient():
     ak.upsampled_cross_entropy(logits, target, weight, ignore_index=IGNORED).backward()
     assert weight.grad is None
     assert logits.grad is not None
+    assert not ak.upsampled_cross_entropy(logits.detach(), target, weight, ignore_index=IGNORED).requires_grad
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
