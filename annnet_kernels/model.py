@@ -172,7 +172,7 @@ class ANNNet(nn.Module):
     def forward(self, x: Tensor, upsample: bool = True) -> Tensor | tuple[Tensor, Tensor]:
         if not symbolic(x):
             checks.feature_map("x", x)
-        size = x.shape[2:] if symbolic(upsample) or upsample else None  # torch.fx has a stand-in for the default, too
+        size = None if upsample is False else x.shape[2:]  # tracers pass the default as a stand-in without a value
         low, high = self.backbone(x)
         logits = self._resize(self.cls(self._context_of(low, high)), size)
         if self.dsn is None or not self.training:

@@ -54,8 +54,8 @@ class PublishedBlock(nn.Module):
         state = block.state_dict()
         names: dict[int, str] = {}
         for name, tensor in ak.to_dialect(state, "mendelxu").items():
-            names.setdefault(id(tensor), name)
-        self._published = {key: names[id(tensor)] for key, tensor in state.items()}
+            names.setdefault(tensor.data_ptr(), name)
+        self._published = {key: names[tensor.data_ptr()] for key, tensor in state.items()}
 
     def forward(self, *maps: Tensor) -> Tensor:
         out: Tensor = self.dropout(self.block(*maps))
