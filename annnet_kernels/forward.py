@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import onnx
 from .backends import requested_backend, use_backend
 from .collapse import Parts, Projection, Weights, constant_of, token_values, weights_of
 from .functional import pyramid_pool
@@ -174,7 +175,7 @@ def epilogue(tail: Sequence[nn.Module], out: Tensor, cut: Cut = WHOLE, scale: Te
     ``scale`` is what dropout multiplies by where that was drawn already.
     """
     modules = list(tail)
-    if modules and type(modules[0]) in FUSABLE_NORMS:
+    if modules and type(modules[0]) in FUSABLE_NORMS and not onnx.exporting():  # a graph holds standard operators
         norm = modules.pop(0)
         relu = len(modules) > 0 and type(modules[0]) is nn.ReLU  # torch 2.11 traces no bool() of a list
         if relu:

@@ -275,7 +275,7 @@ class _RowSharded(Foldable):
         facts = dict.fromkeys(_FACTS, 0)
         error: Exception | None = None
         try:
-            parts = self.parts()
+            parts = self._present_parts()
             maps = self._maps(parts, args, kwargs)
             facts = _facts(self, parts, maps)
         except Exception as refusal:  # whatever it is: the others wait for this process
@@ -292,6 +292,13 @@ class _RowSharded(Foldable):
                 raise ValueError(f"{name}: expected the same on all processes of the group, got {values}")
         band = Band(sum(held["rows"][: rows.rank]), facts["rows"], sum(held["rows"]), *_pyramid(parts))
         return parts, maps, band
+
+    def _present_parts(self) -> Parts:
+        """The block's parts; ValueError if they are not where they were."""
+        try:
+            return self.parts()
+        except OddStructure as odd:
+            raise ValueError(f"the block can no longer run on row shards, because of {odd}") from odd
 
     def _maps(self, parts: Parts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         own = getattr(type(self), "original", type(self).unsharded)
