@@ -130,7 +130,7 @@ def test_every_size_runs_from_one_graph(case, exporter, tmp_path):
             with torch.no_grad():
                 return named(run(session, single)), named(twin(*single)), named(truth(*maps))
 
-        assert_as_accurate_as_plain(results, torch.float32, factor=4.0)  # the runtime sums in its own order: 3.3 was seen
+        assert_as_accurate_as_plain(results, torch.float32, factor=4.0)  # as the runtime sums; 3.3 was seen
 
 
 def test_a_program_in_float64_is_written_with_its_scale_in_float64(tmp_path):
