@@ -17,14 +17,15 @@ backward has to cancel it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, reduce
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from .autocast import no_autocast
-from .tracers import jit_tracing
+from .ops.functions import apply
+from .ops.token_values import TokenValues, cheapest_order, multiply
+from .reference.operators import accumulator_of
 
 
 class Projection(NamedTuple):
@@ -74,65 +75,58 @@ def weights_of(parts: Parts) -> Weights:
     return Weights(parts.value.weight, parts.out.weight, context, high)
 
 
-def token_values(weights: Weights, pooled: Tensor) -> Tensor:
-    """U, (B, C_out, T): pooled features (B, C_l, T) carried through every later projection, in float32 at least.
+def token_values(weights: Weights, pooled: Tensor, dtype: torch.dtype) -> Tensor:
+    """U, (B, C_out, T) in ``dtype``: pooled features (B, C_l, T) carried through every later projection.
 
-    The rows are few (110 per image), so the products are small; they are made in the cheapest order by counted
-    operations at the actual batch. Traced code multiplies the weights behind W_v first: comparing sizes would tie it to
-    the batch that it was traced with.
+    The rows are few (110 per image), so the products are small; they are made in float32 at least, whatever the
+    autocast, and in the order that takes the fewest operations at the actual batch.
     """
-    batch, _, tokens = pooled.shape
-    with no_autocast(pooled.device.type):
-        matrices = matrices_of(weights)
-        rows = pooled.transpose(1, 2).flatten(0, 1).to(matrices[0].dtype)
-        if torch.compiler.is_compiling() or jit_tracing():
-            values = torch.mm(torch.mm(rows, matrices[0]), reduce(torch.mm, matrices[1:]))
-        else:
-            values = chain_product([rows, *matrices])
-        return values.view(batch, tokens, values.shape[1]).transpose(1, 2)
+    values: Tensor = apply(TokenValues, pooled, dtype, *_chain_of(weights))[0]
+    return values
 
 
-def matrices_of(weights: Weights) -> list[Tensor]:
-    """W_vᵀ, Wᵀ and, with a bottleneck, W_1ᵀ: their product maps a pooled row to its token; float32 at least."""
-    chain = [weight for weight in weights[:3] if weight is not None]
-    return [weight.flatten(1).t().to(torch.promote_types(weight.dtype, torch.float32)) for weight in chain]
+def token_matrix(weights: Weights) -> Tensor:
+    """(C_l, C_out): what maps a pooled row to its token; float32 at least."""
+    chain = _chain_of(weights)
+    matrices = [weight.view(weight.shape[:2]).t() for weight in chain]
+    order = cheapest_order((matrices[0].shape[0], *(matrix.shape[1] for matrix in matrices)))
+    return multiply(order, matrices, accumulator_of(*(weight.dtype for weight in chain)))[0]
 
 
-def chain_product(matrices: Sequence[Tensor]) -> Tensor:
-    """The product of all matrices, multiplied in the order that takes the fewest operations."""
-    if len(matrices) == 1:
-        return matrices[0]
-    split = _cheapest_chain((matrices[0].shape[0], *(matrix.shape[1] for matrix in matrices)))[1]
-    return torch.mm(chain_product(matrices[:split]), chain_product(matrices[split:]))
+def _chain_of(weights: Weights) -> list[Tensor]:
+    """W_v, W and, with a bottleneck, W_1."""
+    return [weight for weight in weights[:3] if weight is not None]
 
 
-@cache
-def _cheapest_chain(sizes: tuple[int, ...]) -> tuple[int, int]:
-    """Multiplications of the product of matrices (sizes[0], sizes[1]), (sizes[1], sizes[2]), …, and its last split."""
-    if len(sizes) <= 2:
-        return 0, 0
+class Biases(NamedTuple):
+    """Of the same convolutions, (C); None where there is none."""
 
-    def cost(split: int) -> int:
-        own = sizes[0] * sizes[split] * sizes[-1]
-        return own + _cheapest_chain(sizes[: split + 1])[0] + _cheapest_chain(sizes[split:])[0]
-
-    return min((cost(split), split) for split in range(1, len(sizes) - 1))
+    value: Tensor | None
+    out: Tensor | None
+    join: Tensor | None
 
 
-def constant_of(parts: Parts, weights: Weights) -> Tensor:
-    """c, (C_out): what the biases amount to once they have passed through A unchanged; float32 at least."""
+def biases_of(parts: Parts) -> Biases:
+    """The biases of the linear maps behind the attention, each read once, too."""
+    return Biases(parts.value.bias, parts.out.bias, None if parts.join is None else parts.join.bias)
+
+
+def constant_of(weights: Weights, biases: Biases) -> Tensor | None:
+    """c, (C_out): what the biases amount to once they have passed through A unchanged; None where there are none.
+
+    float32 at least.
+    """
     with no_autocast(weights.out.device.type):
-        constant = _affine(weights.out, _bias(parts.value, weights.value), _bias(parts.out, weights.out))
-        if weights.context is not None and parts.join is not None:
-            constant = _affine(weights.context, constant, _bias(parts.join, weights.context))
-        return constant
+        constant = _affine(weights.value, None, biases.value)
+        constant = _affine(weights.out, constant, biases.out)
+        return constant if weights.context is None else _affine(weights.context, constant, biases.join)
 
 
-def _affine(weight: Tensor, x: Tensor, bias: Tensor) -> Tensor:
-    return torch.mv(weight.flatten(1).to(x.dtype), x) + bias
-
-
-def _bias(conv: nn.Conv2d, weight: Tensor) -> Tensor:
-    accumulator = torch.promote_types(weight.dtype, torch.float32)
-    bias = conv.bias
-    return weight.new_zeros(conv.out_channels, dtype=accumulator) if bias is None else bias.to(accumulator)
+def _affine(weight: Tensor, x: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """W x + b in float32 at least, where None is zero."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    bias = None if bias is None else bias.to(wide)
+    if x is None:
+        return bias
+    matrix = weight.view(weight.shape[:2]).to(wide)
+    return torch.mv(matrix, x) if bias is None else torch.addmv(bias, matrix, x)

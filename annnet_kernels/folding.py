@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from . import checks, onnx
 from .autocast import no_autocast
-from .collapse import Parts, chain_product, constant_of, matrices_of, weights_of
-from .forward import WHOLE, Cut, block_forward, collapsed_forward
-from .normalization import FUSABLE_NORMS, Skip, uses_batch_statistics
+from .collapse import Parts, biases_of, constant_of, token_matrix, weights_of
+from .forward import WHOLE, Cut, Whole, block_forward, collapsed_forward
+from .normalization import FUSABLE_NORMS, Norm, Shift, uses_batch_statistics
+from .ops.matrix_product import matrix_product
 from .requirements import HOOKS, LASTING, ONCE_GATHERED, TO_COLLAPSE, parts_to_collapse, why_not, why_plain
 from .structures import OddStructure
 from .tracers import jit_tracing
@@ -38,22 +39,24 @@ class FoldedBlock(NamedTuple):
     """The weight products of one block, with the tail's batch norm in them; float32 at least."""
 
     token_matrix: Tensor  # M, (C_l, C_out)
-    weight: Tensor | None  # Ŵ, (C_out, C_h, 1, 1); None without a bottleneck
-    constant: Tensor  # ĉ, (C_out)
+    skip_weight: Tensor | None  # Ŵ, (C_out, C_h, 1, 1); None without a bottleneck
+    constant: Tensor | None  # ĉ, (C_out)
     relu: bool
+    cancelled: tuple[Tensor, ...] = ()
 
-    def values(self, tokens: Tensor) -> Tensor:
+    def values(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """The pooled features times M."""
-        with no_autocast(tokens.device.type):
-            return torch.matmul(self.token_matrix.t(), tokens.to(self.token_matrix.dtype))
-
-    def skip(self, high: Tensor) -> Skip:
-        """X_h Ŵᵀ + ĉ."""
-        return Skip(None if self.weight is None else high, self.weight, self.constant)
+        batch, _, count = tokens.shape
+        rows = matrix_product(tokens.transpose(1, 2).flatten(0, 1), self.token_matrix, dtype)
+        return rows.view(batch, count, rows.shape[1]).transpose(1, 2)
 
     def finish(self, out: Tensor, cut: Cut, scale: Tensor | None) -> Tensor:
         """The norm is in the weights."""
         return out.relu_() if self.relu else out
+
+
+_ATTENTION_ALONE = FoldedBlock(torch.empty(0), None, None, relu=False)
+"""A block without anything behind its attention."""
 
 
 class FoldedPair(NamedTuple):
@@ -62,6 +65,26 @@ class FoldedPair(NamedTuple):
     high_weight: Tensor  # K Ŵ, (O, C_h, k, k)
     token_weight: Tensor  # K Mᵀ, (O, k, k, C_l)
     constant_weight: Tensor  # K ĉ, (O, k, k)
+
+
+class Kept(Whole):
+    """Whole maps, read with weights already in the dtype of the maps and with tables already made."""
+
+    def __init__(self) -> None:
+        self._casts: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._norms: dict[tuple[int, torch.dtype], Norm] = {}
+
+    def cast_weight(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        key = id(weight), dtype
+        if key not in self._casts:
+            self._casts[key] = weight.to(dtype)
+        return self._casts[key]
+
+    def norm_of(self, norm: Any, y: Tensor, shift: Shift, calls: int) -> Norm:
+        key = id(norm), y.dtype
+        if key not in self._norms:
+            self._norms[key] = super().norm_of(norm, y, shift, calls)
+        return self._norms[key]
 
 
 class Fold:
@@ -75,6 +98,7 @@ class Fold:
         with torch.no_grad():
             self.block = fold_block(parts)
             self.pair = fold_pair(self.block, conv) if conv is not None else None
+        self.kept = Kept()
 
     def _tensors(self) -> Iterator[Tensor]:
         for module in self._modules:
@@ -92,7 +116,7 @@ class Fold:
 
     def forward(self, parts: Parts, low: Tensor, high: Tensor) -> Tensor:
         """The block's output."""
-        return block_forward(parts, self.block, low, high, WHOLE)
+        return block_forward(parts, self.block, low, high, self.kept)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
@@ -280,27 +304,29 @@ def why_not_folded(parts: Parts) -> str | None:
 def fold_block(parts: Parts) -> FoldedBlock:
     """The weight products of a block in evaluation mode."""
     weights = weights_of(parts)
-    token_matrix = chain_product(matrices_of(weights))
-    constant = constant_of(parts, weights)
+    matrix = token_matrix(weights)
+    constant = constant_of(weights, biases_of(parts))
     if weights.high is None:
-        return FoldedBlock(token_matrix, None, constant, relu=False)
-    weight = weights.high.to(constant.dtype)
+        return FoldedBlock(matrix, None, constant, relu=False)
+    dtype = matrix.dtype
+    weight = weights.high.to(dtype)
     norm: Any = parts.tail[0]
-    dtype = constant.dtype
     scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
     scale = scale if norm.weight is None else scale * norm.weight.to(dtype)
     shift = -norm.running_mean.to(dtype) * scale
     shift = shift if norm.bias is None else shift + norm.bias.to(dtype)
     relu = any(type(m) is nn.ReLU for m in parts.tail)
-    return FoldedBlock(token_matrix * scale, weight * scale[:, None, None, None], constant * scale + shift, relu)
+    shift = shift if constant is None else constant * scale + shift
+    return FoldedBlock(matrix * scale, weight * scale[:, None, None, None], shift, relu)
 
 
 def fold_pair(block: FoldedBlock, conv: nn.Conv2d) -> FoldedPair:
     """The weight products of a folded AFNB and the convolution that follows it."""
-    assert block.weight is not None
+    assert block.skip_weight is not None
+    assert block.constant is not None
     kernel = conv.weight.to(block.constant.dtype)
     return FoldedPair(
-        torch.einsum("omhw,mc->ochw", kernel, block.weight.flatten(1)),
+        torch.einsum("omhw,mc->ochw", kernel, block.skip_weight.flatten(1)),
         torch.einsum("omhw,cm->ohwc", kernel, block.token_matrix).contiguous(),
         torch.einsum("omhw,m->ohw", kernel, block.constant),
     )
@@ -308,13 +334,13 @@ def fold_pair(block: FoldedBlock, conv: nn.Conv2d) -> FoldedPair:
 
 def merged_forward(pair: FoldedPair, conv: nn.Conv2d, parts: Parts, low: Tensor, high: Tensor) -> Tensor:
     """The output of the convolution behind a folded AFNB, (B, O, H', W')."""
-    read = WHOLE.read(parts, low, high)
+    read = WHOLE.read(parts, _ATTENTION_ALONE, low, high)
     pooled = read.tokens
     batch, _, tokens = pooled.shape
     # The attention itself as a map, and a last channel of ones (its rows sum to 1) that carries the constant.
     own = torch.eye(tokens, dtype=pooled.dtype, device=pooled.device)
     selector = torch.cat([own, pooled.new_ones(1, tokens)]).expand(batch, -1, -1)
-    attention = WHOLE.attend(read, selector, Skip(None, None, None), parts)
+    attention = WHOLE.attend(read, selector.to(read.query.data.dtype), None, parts)
     with no_autocast(low.device.type):
         kernels = torch.matmul(pair.token_weight, pooled.to(pair.token_weight.dtype)[:, None, None])
         constant = pair.constant_weight[:, :, :, None].expand(batch, -1, -1, -1, -1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -17,20 +16,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import onnx
+from .autocast import autocast_dtype
 from .backends import requested_backend, use_backend
-from .collapse import Parts, Projection, Weights, constant_of, token_values, weights_of
-from .functional import pyramid_pool
+from .collapse import Parts, Projection, Weights, biases_of, constant_of, token_values, weights_of
 from .normalization import (
     FUSABLE_NORMS,
+    NO_SHIFT,
     FeatureMap,
-    Skip,
+    Norm,
+    Shift,
     apply_tail,
     attend,
     channel_scale,
+    levels_of,
     norm_of,
     pool_map,
     uses_batch_statistics,
 )
+from .ops import Projections
+from .ops.functions import apply
+from .ops.normalized import Levels
 
 
 class Read(NamedTuple):
@@ -42,18 +47,29 @@ class Read(NamedTuple):
     """(B, C_k, T); None where the attention pools them from the map of the queries, as in an APNB."""
     query: FeatureMap
     """(B, C_k, H, W)."""
+    skip: Tensor | None
+    """X_h W_2ᵀ, (B, C_out, H, W); None without a bottleneck."""
     scale: Tensor | None
     """(B, C_out): what dropout multiplies the output by, where that had to be drawn already."""
 
 
 class Linear(Protocol):
-    """The linear part of a block, as products that are made from pooled tokens and of the high-level map."""
+    """The linear part of a block: what is multiplied with the pooled tokens and with the high-level map."""
 
-    def values(self, tokens: Tensor) -> Tensor:
+    @property
+    def skip_weight(self) -> Tensor | None:
+        """W_2, (C_out, C_h, 1, 1)."""
+
+    @property
+    def constant(self) -> Tensor | None:
+        """c, (C_out), where it is to be added."""
+
+    @property
+    def cancelled(self) -> Sequence[Tensor]:
+        """Biases whose gradient of zero the tail returns."""
+
+    def values(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """U, (B, C_out, T)."""
-
-    def skip(self, high: Tensor) -> Skip:
-        """X_h W_2ᵀ + c."""
 
     def finish(self, out: Tensor, cut: Cut, scale: Tensor | None) -> Tensor:
         """What follows the bottleneck."""
@@ -62,13 +78,13 @@ class Linear(Protocol):
 class Cut(Protocol):
     """How this process holds the maps of a block."""
 
-    def read(self, parts: Parts, low: Tensor, high: Tensor) -> Read:
+    def read(self, parts: Parts, linear: Linear, low: Tensor, high: Tensor) -> Read:
         """Tokens, keys and queries of the whole maps; statistics are updated here, once."""
 
-    def attend(self, read: Read, values: Tensor, skip: Skip, parts: Parts) -> Tensor:
-        """A U + X_h W_2ᵀ + c, (B, C_out, H, W)."""
+    def attend(self, read: Read, values: Tensor, constant: Tensor | None, parts: Parts) -> Tensor:
+        """A U + X_h W_2ᵀ + c, (B, C_out, H, W), written into the skip."""
 
-    def with_norm(self, norm: Any, y: Tensor) -> FeatureMap:
+    def with_norm(self, norm: Any, y: Tensor, shift: Shift) -> FeatureMap:
         """``y`` with what ``norm`` does to the whole map."""
 
 
@@ -79,13 +95,18 @@ def block_forward(
 
     With ``recompute`` the map ahead of the tail is not kept for the backward pass but made again there.
     """
-    read = cut.read(parts, low, high)
-    make = partial(cut.attend, read, linear.values(read.tokens), linear.skip(high), parts)
-    out = make()
-    if recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        with recomputed(out, make):
-            return linear.finish(out, cut, read.scale)
-    return linear.finish(out, cut, read.scale)
+    read = cut.read(parts, linear, low, high)
+    values = linear.values(read.tokens, read.query.data.dtype)
+    out = cut.attend(read, values, linear.constant, parts)
+    if not recompute or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return linear.finish(out, cut, read.scale)
+
+    def again() -> Tensor:
+        skip = _skip_of(high, linear.skip_weight, out.dtype)
+        return cut.attend(read._replace(skip=skip), values, linear.constant, parts)
+
+    with recomputed(out, again):
+        return linear.finish(out, cut, read.scale)
 
 
 def collapsed_forward(parts: Parts, low: Tensor, high: Tensor, *, recompute: bool = False) -> Tensor:
@@ -94,68 +115,161 @@ def collapsed_forward(parts: Parts, low: Tensor, high: Tensor, *, recompute: boo
 
 
 class Collapsed(NamedTuple):
-    """The linear part of a block from its present weights."""
+    """The linear part of a block from its present weights.
 
-    parts: Parts
+    c is left out where batch statistics follow, which cancel it: there it moves the running mean alone, and neither it
+    nor its share of the weights' gradients has to be carried through the maps.
+    """
+
+    tail: Sequence[nn.Module]
     weights: Weights
+    constant: Tensor | None
+    shift: Shift
 
     @classmethod
     def of(cls, parts: Parts) -> Collapsed:
         """Reads every weight once."""
-        return cls(parts, weights_of(parts))
+        weights, biases = weights_of(parts), biases_of(parts)
+        if parts.join is None or not _cancels_constants(parts.tail):
+            return cls(parts.tail, weights, constant_of(weights, biases), NO_SHIFT)
+        with torch.no_grad():
+            constant = constant_of(weights, biases) if parts.tail[0].running_mean is not None else None
+        readers = [parts.query] if parts.is_shared() else [parts.key, parts.query]
+        ahead = [reader.conv.bias for reader in readers if _is_fusable(reader) and uses_batch_statistics(reader.norm)]
+        cancelled = tuple(bias for bias in (*ahead, *biases) if bias is not None)
+        return cls(parts.tail, weights, None, Shift(constant, cancelled))
 
-    def values(self, tokens: Tensor) -> Tensor:
+    @property
+    def skip_weight(self) -> Tensor | None:
+        """None without a bottleneck."""
+        return self.weights.high
+
+    @property
+    def cancelled(self) -> Sequence[Tensor]:
+        """All that batch statistics cancel in a block whose tail uses them, in the tail's one tensor of zeros."""
+        return self.shift.biases
+
+    def values(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """The collapse itself."""
-        return token_values(self.weights, tokens)
-
-    def skip(self, high: Tensor) -> Skip:
-        """Without a bottleneck, c alone."""
-        weight = self.weights.high
-        return Skip(None if weight is None else high, weight, constant_of(self.parts, self.weights))
+        return token_values(self.weights, tokens, dtype)
 
     def finish(self, out: Tensor, cut: Cut, scale: Tensor | None) -> Tensor:
         """Norm, activation and dropout."""
-        return epilogue(self.parts.tail, out, cut, scale)
+        return epilogue(self.tail, out, cut, scale, self.shift)
 
 
-class _Whole:
+def _cancels_constants(tail: Sequence[nn.Module]) -> bool:
+    """Whether a tail begins with batch statistics that its reader applies."""
+    norm = tail[0] if len(tail) > 0 else None
+    return type(norm) in FUSABLE_NORMS and uses_batch_statistics(norm) and not onnx.exporting()
+
+
+class Raw(NamedTuple):
+    """What :class:`Projections` makes; maps of projections whose norm no reader can apply are missing."""
+
+    tokens: Tensor
+    key: Tensor | None
+    query: Tensor | None
+    skip: Tensor | None
+
+
+Cast = Callable[[Tensor, torch.dtype], Tensor]
+
+
+def project(
+    parts: Parts,
+    skip_weight: Tensor | None,
+    low: Tensor,
+    high: Tensor,
+    levels: Levels | None,
+    cast_weight: Cast = Tensor.to,
+) -> Raw:
+    """The linear maps of both maps, in the dtype of the autocast where there is one."""
+    dtype = _compute_dtype(high)
+    high = high.to(dtype)
+    other = None if parts.is_shared() else low.to(dtype)
+    if other is high:  # torch.compile traces no Function that gets one tensor twice
+        other = high.view_as(high)
+    key = (None, None) if parts.is_shared() else _weights_of_raw(parts.key, dtype, cast_weight)
+    query = _weights_of_raw(parts.query, dtype, cast_weight)
+    skip = None if skip_weight is None else cast_weight(skip_weight, dtype)
+    return Raw(*apply(Projections, other, high, *key, *query, skip, levels, requested_backend()))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Of the products: that of the autocast, but for float64, which PyTorch's own operators leave as it is."""
+    cast_to = autocast_dtype(x)
+    return x.dtype if cast_to is None or x.dtype == torch.float64 else cast_to
+
+
+def _weights_of_raw(
+    projection: Projection, dtype: torch.dtype, cast_weight: Cast
+) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a projection whose raw map is read with its norm; batch statistics cancel the bias."""
+    if not _is_fusable(projection):
+        return None, None
+    conv = projection.conv
+    bias = None if conv.bias is None or _leaves_bias_out(projection.norm) else cast_weight(conv.bias, dtype)
+    return cast_weight(conv.weight, dtype), bias
+
+
+def _is_fusable(projection: Projection) -> bool:
+    return type(projection.norm) in FUSABLE_NORMS and type(projection.activation) is nn.ReLU
+
+
+def _leaves_bias_out(norm: Any) -> bool:
+    """Whether a raw map comes without its convolution's bias: batch statistics cancel it; without gradients a table
+    holds it, which spares a pass over the map."""
+    return uses_batch_statistics(norm) or not torch.is_grad_enabled()
+
+
+def shift_of(projection: Projection, linear: Linear) -> Shift:
+    """What a projection leaves out of its raw map."""
+    bias = projection.conv.bias
+    if bias is None or not _leaves_bias_out(projection.norm):
+        return NO_SHIFT
+    return Shift(bias, () if linear.cancelled or not uses_batch_statistics(projection.norm) else (bias,))
+
+
+def _skip_of(high: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """X_h W_2ᵀ."""
+    return None if weight is None else F.conv2d(high.to(dtype), weight.to(dtype))
+
+
+class Whole:
     """One process holds the whole maps."""
 
-    def read(self, parts: Parts, low: Tensor, high: Tensor) -> Read:
+    cast_weight: Cast = staticmethod(Tensor.to)
+
+    def read(self, parts: Parts, linear: Linear, low: Tensor, high: Tensor) -> Read:
         sizes, shared = parts.pool_sizes(), parts.is_shared()
-        tokens = pyramid_pool(low, sizes)
-        query = project(parts.query, high, calls=2 if shared else 1)  # an APNB's published forward projects twice
-        keys = None if shared else pool_map(project(parts.key, low, calls=1), sizes)
-        return Read(tokens, keys, query, None)
+        raw = project(parts, linear.skip_weight, low, high, levels_of(sizes), self.cast_weight)
+        calls = 2 if shared else 1  # a published APNB projects twice
+        query = self._map(parts.query, raw.query, high, shift_of(parts.query, linear), calls)
+        keys = None if shared else pool_map(self._map(parts.key, raw.key, low, shift_of(parts.key, linear), 1), sizes)
+        return Read(raw.tokens, keys, query, raw.skip, None)
 
-    def attend(self, read: Read, values: Tensor, skip: Skip, parts: Parts) -> Tensor:
-        return attend(read.query, read.keys, values, skip, parts.pool_sizes())
+    def attend(self, read: Read, values: Tensor, constant: Tensor | None, parts: Parts) -> Tensor:
+        return attend(read.query, read.keys, values, read.skip, constant, parts.pool_sizes())
 
-    def with_norm(self, norm: Any, y: Tensor) -> FeatureMap:
-        return FeatureMap(y, norm_of(norm, y))
+    def with_norm(self, norm: Any, y: Tensor, shift: Shift, calls: int = 1) -> FeatureMap:
+        return FeatureMap(y, self.norm_of(norm, y, shift, calls))
 
+    def norm_of(self, norm: Any, y: Tensor, shift: Shift, calls: int) -> Norm:
+        """What ``norm`` does to ``y``, leaving the running statistics of ``calls`` calls behind."""
+        return norm_of(norm, y, shift, calls)
 
-WHOLE = _Whole()
+    def _map(self, projection: Projection, y: Tensor | None, x: Tensor, shift: Shift, calls: int) -> FeatureMap:
+        """Queries or keys: the raw map with its norm where readers can apply that, else the finished map.
 
-
-def project(projection: Projection, x: Tensor, calls: int) -> FeatureMap:
-    """Queries or keys: the raw map with its norm where readers can apply that, else the finished map.
-
-    ``calls`` is how often the published block calls the projection on this map.
-    """
-    norm = projection.norm
-    if type(norm) not in FUSABLE_NORMS or type(projection.activation) is not nn.ReLU:
-        return FeatureMap(_finished(projection, x, calls), None)
-    y, conv_bias = convolve(projection, x)
-    return FeatureMap(y, norm_of(norm, y, conv_bias=conv_bias, calls=calls))
+        ``calls`` is how often the published block calls the projection on this map.
+        """
+        if y is None:
+            return FeatureMap(_finished(projection, x, calls), None)
+        return self.with_norm(projection.norm, y, shift, calls)
 
 
-def convolve(projection: Projection, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The raw map of a projection, and the bias that it leaves out, since batch statistics cancel it."""
-    conv = projection.conv
-    if uses_batch_statistics(projection.norm):
-        return F.conv2d(x, conv.weight, None), conv.bias
-    return F.conv2d(x, conv.weight, conv.bias), None
+WHOLE = Whole()
 
 
 def _finished(projection: Projection, x: Tensor, calls: int) -> Tensor:
@@ -169,7 +283,9 @@ def _finished(projection: Projection, x: Tensor, calls: int) -> Tensor:
     return finished
 
 
-def epilogue(tail: Sequence[nn.Module], out: Tensor, cut: Cut = WHOLE, scale: Tensor | None = None) -> Tensor:
+def epilogue(
+    tail: Sequence[nn.Module], out: Tensor, cut: Cut = WHOLE, scale: Tensor | None = None, shift: Shift = NO_SHIFT
+) -> Tensor:
     """Norm, activation and dropout behind the bottleneck; a batch norm and what follows it as one reader of ``out``.
 
     ``scale`` is what dropout multiplies by where that was drawn already.
@@ -181,7 +297,7 @@ def epilogue(tail: Sequence[nn.Module], out: Tensor, cut: Cut = WHOLE, scale: Te
         if relu:
             modules.pop(0)
         dropout = cast(nn.Dropout2d, modules.pop(0)) if modules and type(modules[0]) is nn.Dropout2d else None
-        map = cut.with_norm(norm, out)
+        map = cut.with_norm(norm, out, shift)
         out = apply_tail(map, relu, channel_scale(dropout, out, out.shape[1]) if scale is None else scale)
     for module in modules:
         out = module(out)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends import requested_backend
@@ -30,18 +29,14 @@ class Norm(NamedTuple):
     """What a batch norm does to the map at hand: z = (y − mean) · invstd · weight + bias.
 
     ``table`` (4, C) holds these four, float32 at least, and has no gradient; ``weight`` and ``bias`` are the module's
-    parameters. ``conv_bias`` is the bias of the convolution ahead, which batch statistics cancel: its gradient is zero.
+    parameters. ``cancelled`` are biases ahead of the norm, which batch statistics cancel: their gradient is zero.
     """
 
     table: Tensor
     weight: Tensor | None
     bias: Tensor | None
-    conv_bias: Tensor | None
     share: Share
-
-    def operands(self) -> tuple[Tensor | None, ...]:
-        """What a reader's Function takes behind the map."""
-        return self.table, self.weight, self.bias, self.conv_bias
+    cancelled: tuple[Tensor, ...] = ()
 
 
 class FeatureMap(NamedTuple):
@@ -51,12 +46,18 @@ class FeatureMap(NamedTuple):
     norm: Norm | None
 
 
-class Skip(NamedTuple):
-    """X Wᵀ + c: x (B, C, H, W), weight (C_out, C, 1, 1), constant (C_out); what is None is left out."""
+class Shift(NamedTuple):
+    """A constant (C) that is left out of a map, since the norm behind it takes it into account.
 
-    x: Tensor | None
-    weight: Tensor | None
-    constant: Tensor | None
+    Batch statistics cancel it: it moves the running mean and nothing else, and the gradient of the parameters it is
+    made of, ``biases``, is zero.
+    """
+
+    value: Tensor | None = None
+    biases: tuple[Tensor, ...] = ()
+
+
+NO_SHIFT = Shift()
 
 
 def uses_batch_statistics(norm: Any) -> bool:
@@ -64,24 +65,24 @@ def uses_batch_statistics(norm: Any) -> bool:
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
-def norm_of(norm: Any, y: Tensor, *, conv_bias: Tensor | None = None, calls: int = 1) -> Norm:
+def norm_of(norm: Any, y: Tensor, shift: Shift = NO_SHIFT, calls: int = 1) -> Norm:
     """What ``norm`` does to ``y``, leaving the running statistics of ``calls`` calls behind.
 
     Args:
         norm: a BatchNorm2d or SyncBatchNorm.
-        y: raw map (B, C, H, W); without the bias ``conv_bias`` of its convolution where batch statistics are used.
-        conv_bias: that bias, which enters the running mean only.
+        y: raw map (B, C, H, W).
+        shift: what was left out of y because batch statistics cancel it.
         calls: how often the published block calls ``norm`` on this map.
     """
     if not uses_batch_statistics(norm):
-        return frozen_norm(norm, y)
+        return frozen_norm(norm, y, shift)
     group = shared_by(norm)
     refuse_one_value(y, group)
     if group is None:
-        return batch_norm(norm, y, None, conv_bias, calls, None)
+        return batch_norm(norm, y, None, shift, calls, None)
     sums = sums_of(y)
     dist.all_reduce(sums, group=group)
-    return batch_norm(norm, y, sums, conv_bias, calls, group)
+    return batch_norm(norm, y, sums, shift, calls, group)
 
 
 def refuse_one_value(y: Tensor, group: Any) -> None:
@@ -92,15 +93,15 @@ def refuse_one_value(y: Tensor, group: Any) -> None:
         )
 
 
-def frozen_norm(norm: Any, y: Tensor) -> Norm:
-    """What ``norm`` does to ``y`` by its running statistics."""
+def frozen_norm(norm: Any, y: Tensor, shift: Shift) -> Norm:
+    """What ``norm`` does to ``y``, plus the shift that was left out of it, by its running statistics."""
     mean, var = _running_statistics(norm)
     with torch.no_grad():
-        table = torch.ops.annnet.batch_norm_table(y, mean, var, norm.weight, norm.bias, norm.eps)
-    return Norm(table, norm.weight, norm.bias, None, Share(None, None))
+        table = torch.ops.annnet.batch_norm_table(y, mean, var, norm.weight, norm.bias, shift.value, norm.eps)
+    return Norm(table, norm.weight, norm.bias, Share(None, None))
 
 
-def batch_norm(norm: Any, y: Tensor, sums: Tensor | None, conv_bias: Tensor | None, calls: int, group: Any) -> Norm:
+def batch_norm(norm: Any, y: Tensor, sums: Tensor | None, shift: Shift, calls: int, group: Any) -> Norm:
     """What ``norm`` does to ``y`` by batch statistics: those of y, or of ``sums`` that the group has added up."""
     samples: int | Tensor = y.shape[0] * y.shape[2] * y.shape[3]
     moments = None
@@ -112,9 +113,9 @@ def batch_norm(norm: Any, y: Tensor, sums: Tensor | None, conv_bias: Tensor | No
         mean, var = _running_statistics(norm) if tracked else (None, None)
         count = norm.num_batches_tracked if tracked else None
         table = torch.ops.annnet.batch_norm_update(
-            y, moments, weight, bias, conv_bias, mean, var, count, norm.eps, norm.momentum, calls
+            y, moments, weight, bias, shift.value, mean, var, count, norm.eps, norm.momentum, calls
         )
-    return Norm(table, weight, bias, conv_bias, Share(samples, group))
+    return Norm(table, weight, bias, Share(samples, group), shift.biases)
 
 
 def _running_statistics(norm: Any) -> tuple[Any, Any]:
@@ -152,10 +153,11 @@ def moments_of(sums: Tensor) -> Tensor:
 
 def pool_map(map: FeatureMap, pool_sizes: Sequence[tuple[int, int]]) -> Tensor:
     """The tokens (B, C, T) of the finished map."""
-    if map.norm is None:
-        return pyramid_pool(map.data, pool_sizes)
-    levels = levels_of(pool_sizes)
-    tokens: Tensor = apply(NormalizedPool, map.data, *map.norm.operands(), map.norm.share, levels, requested_backend())
+    y, norm = map
+    if norm is None:
+        return pyramid_pool(y, pool_sizes)
+    constants = norm.share, levels_of(pool_sizes), requested_backend()
+    tokens: Tensor = apply(NormalizedPool, y, norm.table, norm.weight, norm.bias, *constants, *norm.cancelled)
     return tokens
 
 
@@ -166,44 +168,29 @@ def levels_of(pool_sizes: Sequence[tuple[int, int]]) -> Levels:
 
 
 def attend(
-    query: FeatureMap, key: Tensor | None, value: Tensor, skip: Skip, pool_sizes: Sequence[tuple[int, int]]
+    query: FeatureMap,
+    key: Tensor | None,
+    value: Tensor,
+    skip: Tensor | None,
+    constant: Tensor | None,
+    pool_sizes: Sequence[tuple[int, int]],
 ) -> Tensor:
-    """Attention of queries over tokens, plus ``skip``; ``key=None`` pools the keys from the map of the queries.
+    """Attention of queries over tokens, plus skip (B, C, H, W) and constant (C), the sum written into ``skip``.
 
-    The product is made first, and the attention adds to it in place. With the library's product (CPU, two threads,
-    float32, forward and training step of 512 channels at 97 × 97 and 2048 at 49 × 49) that took the same time, within
-    5 %, as writing the attention as a map of T channels and one product with it and X joined, or two products and a
-    sum; but it makes no map beside the output. Not yet measured on a GPU.
-
-    All operands are brought to the dtype of the query's map, as the convolution that made it brought its own; the
-    constant stays wide.
+    ``key=None`` pools the keys from the map of the queries. The constant is float32 at least.
     """
     y, norm = query
     if norm is None:
         key = pyramid_pool(y, pool_sizes) if key is None else key
-        return asymmetric_attention(y, key, value.to(y.dtype)) + _skipped(skip, y)
-    x, weight, constant = skip
-    out: Tensor
-    out, _, _ = apply(
-        NormalizedAttention,
-        y,
-        *norm.operands(),
-        key,
-        value.to(y.dtype),
-        *(None if operand is None else operand.to(y.dtype) for operand in (x, weight)),
-        None if constant is None else constant.to(norm.table.dtype),
-        norm.share,
-        levels_of(pool_sizes),
-        requested_backend(),
-    )
+        context = asymmetric_attention(y, key, value)
+        assert isinstance(context, Tensor)
+        context = context if skip is None else context + skip
+        return context if constant is None else context + constant.to(y.dtype)[:, None, None]
+    tokens_and_addends = key, value, skip, constant
+    constants = norm.share, levels_of(pool_sizes), requested_backend()
+    operands = y, norm.table, norm.weight, norm.bias, *tokens_and_addends, *constants, *norm.cancelled
+    out: Tensor = apply(NormalizedAttention, *operands)[0]
     return out
-
-
-def _skipped(skip: Skip, y: Tensor) -> Tensor:
-    """X Wᵀ + c in the dtype of ``y``; c alone, (C, 1, 1), without a bottleneck."""
-    x, weight, constant = (None if operand is None else operand.to(y.dtype) for operand in skip)
-    assert constant is not None
-    return constant[:, None, None] if x is None or weight is None else F.conv2d(x, weight, constant)
 
 
 def apply_tail(map: FeatureMap, relu: bool, scale: Tensor | None) -> Tensor:
@@ -214,16 +201,19 @@ def apply_tail(map: FeatureMap, relu: bool, scale: Tensor | None) -> Tensor:
     if not (torch.is_grad_enabled() or exporting()):  # an exported program writes nothing in place
         torch.ops.annnet.batch_norm_apply_(y, norm.table, scale, relu)
         return y
-    out: Tensor = apply(NormalizedTail, y, *norm.operands(), scale, relu, norm.share, requested_backend())
+    constants = relu, norm.share, requested_backend()
+    out: Tensor = apply(NormalizedTail, y, norm.table, norm.weight, norm.bias, scale, *constants, *norm.cancelled)
     return out
 
 
 def channel_scale(dropout: nn.Dropout2d | None, like: Tensor, channels: int) -> Tensor | None:
-    """What Dropout2d multiplies a map with the batch and dtype of ``like`` by, (B, channels); None where nothing.
+    """What Dropout2d multiplies a map with the batch of ``like`` by, (B, channels); None where nothing.
 
-    Drawn as Dropout2d draws it for such a map, so that seeds mean the same.
+    Drawn as Dropout2d draws it for such a map, so that seeds mean the same, and in float32 at least.
     """
     if dropout is None or not dropout.training or dropout.p == 0:
         return None
-    drawn: Tensor = dropout(like.new_ones(like.shape[0], channels, 1, 1))
-    return drawn.flatten(1)
+    accumulator = torch.promote_types(like.dtype, torch.float32)
+    kept = 1 - dropout.p
+    drawn = like.new_empty((like.shape[0], channels), dtype=accumulator).bernoulli_(kept)
+    return drawn.div_(kept) if kept > 0 else drawn

@@ -25,11 +25,12 @@ from torch.autograd.function import once_differentiable
 
 from .backends import requested_backend
 from .collapse import Parts, Projection
-from .forward import Read, convolve
+from .forward import Linear, Read, project, shift_of
 from .layouts import is_channels_last
 from .normalization import (
+    NO_SHIFT,
     FeatureMap,
-    Skip,
+    Shift,
     batch_norm,
     channel_scale,
     frozen_norm,
@@ -39,7 +40,7 @@ from .normalization import (
     uses_batch_statistics,
 )
 from .ops.functions import apply
-from .ops.normalized import Gradients, Levels, NormalizedAttention, ParameterDtypes, Share, present, product_backward
+from .ops.normalized import Gradients, Levels, NormalizedAttention, Parameters, Share, present, skip_gradients
 from .pyramid import bin_edges, num_tokens
 
 
@@ -109,7 +110,7 @@ class Reading(NamedTuple):
 
     norm: Any
     y: Tensor
-    conv_bias: Tensor | None = None
+    shift: Shift = NO_SHIFT
     calls: int = 1
 
 
@@ -130,12 +131,12 @@ def with_norms(readings: Sequence[Reading], group: Any) -> list[FeatureMap]:
     with torch.no_grad():
         totals = add_up(local, groups)
     maps = []
-    for (norm, y, conv_bias, calls), total, shared in zip(readings, totals, groups, strict=True):
+    for (norm, y, shift, calls), total, shared in zip(readings, totals, groups, strict=True):
         if uses_batch_statistics(norm):
             sums = None if shared is None else total
-            maps.append(FeatureMap(y, batch_norm(norm, y, sums, conv_bias, calls, shared)))
+            maps.append(FeatureMap(y, batch_norm(norm, y, sums, shift, calls, shared)))
         else:
-            maps.append(FeatureMap(y, frozen_norm(norm, y)))
+            maps.append(FeatureMap(y, frozen_norm(norm, y, shift)))
     return maps
 
 
@@ -165,7 +166,8 @@ class ShardedTokens(torch.autograd.Function):
         *norms: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         ctx.constants = shares, band, group, backend
-        ctx.dtypes = [ParameterDtypes.of(*norms[i + 1 : i + 4]) for i in range(0, len(norms), 4)]
+        groups_of_four = [norms[i : i + 4] for i in range(0, len(norms), 4)]
+        ctx.parameters = [Parameters.of(weight, bias, (shift,)) for _, weight, bias, shift in groups_of_four]
         ctx.save_for_backward(low, key_y, query_y, *norms[::4])
         ops, sizes = torch.ops.annnet, band.row_sizes
         lines = ops.pyramid_pool(low, None, *sizes), ops.pyramid_pool(key_y, norms[0], *sizes)
@@ -192,7 +194,9 @@ class ShardedTokens(torch.autograd.Function):
         low_lines, key_lines = (x.transpose(1, 2) for x in lines.split([low.shape[1], key_y.shape[1]], dim=2))
         dlow = None
         if ctx.needs_input_grad[0]:
-            dlow = ops.pyramid_pool_bwd(low_lines.to(low.dtype), low.shape[2:], *sizes, is_channels_last(low), backend)
+            dlow = ops.pyramid_pool_bwd(
+                low_lines.to(low.dtype), None, low.shape[2:], *sizes, is_channels_last(low), backend
+            )
         readers = [(key_y, tables[0], key_lines.to(key_y.dtype), grad_query if query_y is None else None)]
         if query_y is not None:
             readers.append((query_y, tables[1], None, grad_query))
@@ -200,9 +204,10 @@ class ShardedTokens(torch.autograd.Function):
         totals = add_up(sums, [share.group for share in shares])
         dys, dnorms = [], []
         for i, (reader, share) in enumerate(zip(readers, shares, strict=True)):
-            means = Share(share.samples, None).mean(totals[i])
-            dys.append(ops.bn_relu_bwd_input(*reader, means, *sizes, backend))
-            dnorms += [None, *ctx.dtypes[i].gradients(sums[i])]
+            of_batch = Share(share.samples, None).of_batch(totals[i])
+            dys.append(ops.bn_relu_bwd_input(*reader, *of_batch, *sizes, backend))
+            parameters = ctx.parameters[i]
+            dnorms += [None, *parameters.gradients(sums[i]), *parameters.zeros(sums[i])]
         dquery = dys[1] if query_y is not None else None
         return dlow, dys[0], dquery, *(None,) * 5, *dnorms  # scale, shares, band, group, backend
 
@@ -213,16 +218,15 @@ class RectifiedAttention(NormalizedAttention):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Gradients:
-        y, table, key, value, logsumexp, x, x_weight = ctx.saved_tensors
+        y, table, key, value, logsumexp = ctx.saved_tensors
         grad = present(grad, y, value)
-        needs = [ctx.needs_input_grad[i] for i in (0, 5, 6)]
+        needs = [ctx.needs_input_grad[i] for i in (0, 4, 5)]
         gradients = torch.ops.annnet.asymmetric_attention_bwd(
             grad, y, table, key, value, logsumexp, y.shape[1] ** -0.5, needs, ctx.constants[-1]
         )
         dz, dkey, dvalue = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-        of_product = product_backward(grad, x, x_weight, ctx.needs_input_grad[7:10])
-        # table, weight, bias, conv_bias; share, levels, backend
-        return dz, *(None,) * 4, dkey, dvalue, *of_product, *(None,) * 3
+        # table, weight, bias; share, levels, backend
+        return dz, *(None,) * 3, dkey, dvalue, *skip_gradients(grad, ctx.needs_input_grad[6:8]), *(None,) * 3
 
 
 class Rows(NamedTuple):
@@ -231,12 +235,13 @@ class Rows(NamedTuple):
     band: Band
     group: Any
 
-    def read(self, parts: Parts, low: Tensor, high: Tensor) -> Read:
+    def read(self, parts: Parts, linear: Linear, low: Tensor, high: Tensor) -> Read:
         """As of whole maps; tokens, keys and the first process's draw of the dropout come in one message."""
         shared = parts.is_shared()
-        readings = [self._reading(parts.key, low, calls=2 if shared else 1)]
+        raw = project(parts, linear.skip_weight, low, high, None)
+        readings = [_reading(parts.query, raw.query, linear, calls=2 if shared else 1)]
         if not shared:
-            readings.append(self._reading(parts.query, high, calls=1))
+            readings.insert(0, _reading(parts.key, raw.key, linear, calls=1))
         maps = with_norms(readings, self.group)
         norms = [map.norm for map in maps if map.norm is not None]
         dropout = next((m for m in parts.tail if type(m) is nn.Dropout2d), None)
@@ -249,35 +254,30 @@ class Rows(NamedTuple):
             self.band,
             self.group,
             requested_backend(),
-            *(operand for norm in norms for operand in norm.operands()),
+            *(
+                operand
+                for norm in norms
+                for operand in (norm.table, norm.weight, norm.bias, norm.cancelled[0] if norm.cancelled else None)
+            ),
         )
-        return Read(tokens, keys, FeatureMap(query, norms[-1]), scale)
+        return Read(tokens, keys, FeatureMap(query, norms[-1]), raw.skip, scale)
 
-    def _reading(self, projection: Projection, x: Tensor, calls: int) -> Reading:
-        y, conv_bias = convolve(projection, x)
-        return Reading(projection.norm, y, conv_bias, calls)
-
-    def attend(self, read: Read, values: Tensor, skip: Skip, parts: Parts) -> Tensor:
+    def attend(self, read: Read, values: Tensor, constant: Tensor | None, parts: Parts) -> Tensor:
         """As for whole maps; the gradient of the rectified query goes to :class:`ShardedTokens`."""
         y, norm = read.query
         assert norm is not None
-        x, weight, constant = skip
         out: Tensor
-        out, _, _ = apply(
-            RectifiedAttention,
-            y,
-            *norm.operands(),
-            read.keys,
-            values.to(y.dtype),
-            *(None if operand is None else operand.to(y.dtype) for operand in (x, weight)),
-            None if constant is None else constant.to(norm.table.dtype),
-            Share(None, None),
-            Levels([], []),
-            requested_backend(),
-        )
+        addends = read.keys, values, read.skip, constant
+        constants = Share(None, None), Levels([], []), requested_backend()
+        out, _, _ = apply(RectifiedAttention, y, norm.table, norm.weight, norm.bias, *addends, *constants)
         return out
 
-    def with_norm(self, norm: Any, y: Tensor) -> FeatureMap:
+    def with_norm(self, norm: Any, y: Tensor, shift: Shift) -> FeatureMap:
         """``y`` with what ``norm`` does to the whole map."""
-        (map,) = with_norms([Reading(norm, y)], self.group)
+        (map,) = with_norms([Reading(norm, y, shift)], self.group)
         return map
+
+
+def _reading(projection: Projection, y: Tensor | None, linear: Linear, calls: int) -> Reading:
+    assert y is not None
+    return Reading(projection.norm, y, shift_of(projection, linear), calls)

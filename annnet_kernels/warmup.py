@@ -10,7 +10,14 @@ import torch
 from . import checks
 from .backends import why_not
 
-_LAUNCH_MODULES = ("pyramid_pool", "bn_relu_pool", "asymmetric_attention", "batch_norm", "upsampled_cross_entropy")
+_LAUNCH_MODULES = (
+    "pyramid_pool",
+    "bn_relu_pool",
+    "asymmetric_attention",
+    "batch_norm",
+    "matrix_product",
+    "upsampled_cross_entropy",
+)
 
 
 def warmup(
@@ -28,7 +35,7 @@ def warmup(
         dtypes: float32, bfloat16, float16.
         device: a CUDA device; None means the current one.
         operators: some of ``"pyramid_pool"``, ``"bn_relu_pool"``, ``"asymmetric_attention"``, ``"batch_norm"``,
-            ``"upsampled_cross_entropy"`` (argmax included).
+            ``"matrix_product"``, ``"upsampled_cross_entropy"`` (argmax included).
 
     Returns:
         How many launches are now ready (several can share a variant).

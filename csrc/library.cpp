@@ -16,14 +16,14 @@
 TORCH_LIBRARY(annnet_native, m) {
   m.def("pyramid_pool(Tensor x, Tensor? norm, int[] heights, int[] widths, Tensor(a!) out) -> ()");
   m.def(
-      "pyramid_pool_bwd(Tensor grad, int[] map_size, int[] heights, int[] widths, bool channels_last, Tensor(a!) dx) "
-      "-> ()");
+      "pyramid_pool_bwd(Tensor grad, Tensor? addend, int[] map_size, int[] heights, int[] widths, bool channels_last, "
+      "Tensor(a!) dx) -> ()");
   m.def(
       "bn_relu_bwd_sums(Tensor y, Tensor norm, Tensor? grad_tokens, Tensor? grad_map, int[] heights, int[] widths, "
       "Tensor(a!) sums) -> ()");
   m.def(
-      "bn_relu_bwd_input(Tensor y, Tensor norm, Tensor? grad_tokens, Tensor? grad_map, Tensor? mean_sums, "
-      "int[] heights, int[] widths, Tensor(a!) dy) -> ()");
+      "bn_relu_bwd_input(Tensor y, Tensor norm, Tensor? grad_tokens, Tensor? grad_map, Tensor? sums, "
+      "float per_value, int[] heights, int[] widths, Tensor(a!) dy) -> ()");
   m.def(
       "asymmetric_attention(Tensor query, Tensor? norm, Tensor key, Tensor value, Tensor? skip, Tensor? constant, "
       "float scale, bool statistics, Tensor(a!) out, Tensor(b!) logsumexp, Tensor(c!) moments) -> ()");
@@ -32,8 +32,8 @@ TORCH_LIBRARY(annnet_native, m) {
       "Tensor logsumexp, float scale, bool[] needs, Tensor(a!) dquery, Tensor(b!) dkey, Tensor(c!) dvalue) -> ()");
   m.def("batch_norm_moments(Tensor y, Tensor(a!) moments) -> ()");
   m.def(
-      "batch_norm_table(Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor(a!) table) "
-      "-> ()");
+      "batch_norm_table(Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? conv_bias, float eps, "
+      "Tensor(a!) table) -> ()");
   m.def(
       "batch_norm_update(Tensor y, Tensor? moments, Tensor? weight, Tensor? bias, Tensor? conv_bias, "
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? count, float eps, float? momentum, int calls, "
@@ -44,7 +44,7 @@ TORCH_LIBRARY(annnet_native, m) {
       "-> ()");
   m.def(
       "batch_norm_bwd_input(Tensor grad_out, Tensor y, Tensor norm, Tensor? channel_scale, bool relu, "
-      "Tensor? mean_sums, Tensor(a!) dy) -> ()");
+      "Tensor? sums, float per_value, Tensor(a!) dy) -> ()");
   m.def(
       "upsampled_cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
       "bool align_corners, bool per_pixel, bool gradient, Tensor(a!) losses, Tensor(b!) sums, "

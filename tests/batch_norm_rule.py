@@ -83,12 +83,12 @@ def tail(
             mean, var = statistics(y)
             norm = operators.batch_norm_update(y, None, weight, bias, None, None, None, None, EPS, 0.1, 1)
         else:
-            norm = operators.batch_norm_table(y, *running, weight, bias, EPS)
+            norm = operators.batch_norm_table(y, *running, weight, bias, None, EPS)
         operands = (y, norm, factor)
         out = operators.batch_norm_apply(*operands, relu)
         sums = operators.batch_norm_bwd_sums(grad, *operands, relu, backend)
-        means = sums / (y.numel() // y.shape[1]) if running is None else None
-        dy = operators.batch_norm_bwd_input(grad, *operands, relu, means, backend)
+        of_batch = (sums, y.shape[1] / y.numel()) if running is None else (None, 1.0)
+        dy = operators.batch_norm_bwd_input(grad, *operands, relu, *of_batch, backend)
     results = {"out": out, "dy": dy, "dbias": sums[0], "dweight": sums[1]}
     return results | ({"mean": mean, "var": var} if running is None else {})
 

@@ -110,11 +110,11 @@ def assert_rectified_accurate(
         operators = torch.ops.annnet
         with ak.use_backend(backend):
             pooled = operators.pyramid_pool(y, norm, heights, widths)
-        gradients = (grad_tokens, grad_map)
+        gradients, sums = (grad_tokens, grad_map), None if mean_sums is None else 4 * mean_sums
         ours = {
             "tokens": pooled,
             "sums": operators.bn_relu_bwd_sums(y, norm, *gradients, heights, widths, backend),
-            "dy": operators.bn_relu_bwd_input(y, norm, *gradients, mean_sums, heights, widths, backend),
+            "dy": operators.bn_relu_bwd_input(y, norm, *gradients, sums, 0.25, heights, widths, backend),
         }
         operands = (y, norm, *gradients, mean_sums)
         doubled = [None if x is None else x.double() for x in operands]

@@ -41,12 +41,12 @@ class Everything(nn.Module):
 
 
 def spread(tokens, x):
-    return torch.ops.annnet.pyramid_pool_bwd(tokens, list(x.shape[2:]), *LEVELS, False, "reference")
+    return torch.ops.annnet.pyramid_pool_bwd(tokens, None, list(x.shape[2:]), *LEVELS, False, "reference")
 
 
 def plain_spread(tokens, x):
     dx = torch.empty_like(x)
-    reference.pyramid_pool_bwd_out(tokens, list(x.shape[2:]), *LEVELS, False, dx)
+    reference.pyramid_pool_bwd_out(tokens, None, list(x.shape[2:]), *LEVELS, False, dx)
     return dx
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import annnet_kernels as ak
 from annnet_kernels import native
-from annnet_kernels.normalization import FeatureMap, apply_tail, moments_of, norm_of, sums_of, uses_batch_statistics
+from annnet_kernels.normalization import FeatureMap, Shift, apply_tail, moments_of, norm_of, sums_of, uses_batch_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,7 +99,7 @@ def test_a_convolution_bias_enters_the_running_mean_alone(momentum: float | None
     for _ in range(2):
         twin(y + bias[:, None, None])
     with ak.use_backend(backend):
-        table = norm_of(norm, y, conv_bias=bias, calls=2).table
+        table = norm_of(norm, y, Shift(bias), calls=2).table
     torch.testing.assert_close(norm.state_dict(), twin.state_dict())
     torch.testing.assert_close(table[0], y.mean((0, 2, 3)))
     torch.testing.assert_close(table[1], (y.var((0, 2, 3), correction=0) + norm.eps).rsqrt())

@@ -18,6 +18,7 @@ if interpreting():
 pytest.importorskip("triton")
 
 from annnet_kernels.kernels import bn_relu_pool, pyramid_pool
+from annnet_kernels.kernels.bn_relu_pool import Gradients
 from annnet_kernels.kernels.launch import Device
 from benchmarks.codegen import specialise
 
@@ -62,11 +63,10 @@ def rectified(y: Tensor) -> list:
     norm = y.new_empty((4, y.shape[1]), dtype=torch.float32)
     sums = y.new_empty((2, y.shape[1]), dtype=torch.float32)
     dense = empty_map(y, tuple(y.shape), y.stride(1) == 1)
-    operands = (y, norm, tokens, dense)
     return [
         *pyramid_pool.plan_forward(y, norm, POOL_SIZES, POOL_SIZES, tokens, H100),
-        *bn_relu_pool.plan_sums(*operands, POOL_SIZES, POOL_SIZES, sums, H100),
-        *bn_relu_pool.plan_input(*operands, sums, POOL_SIZES, POOL_SIZES, dense, H100),
+        *bn_relu_pool.plan_sums(y, norm, Gradients(tokens, dense), POOL_SIZES, POOL_SIZES, sums, H100),
+        *bn_relu_pool.plan_input(y, norm, Gradients(tokens, dense, sums), POOL_SIZES, POOL_SIZES, dense, H100),
     ]
 
 

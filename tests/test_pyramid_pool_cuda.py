@@ -29,7 +29,7 @@ def pool(x: Tensor, heights: list[int], widths: list[int]) -> Tensor:
 
 def spread(grad: Tensor, x: Tensor, heights: list[int], widths: list[int], backend: str = "native") -> Tensor:
     channels_last = x.stride(1) == 1
-    return torch.ops.annnet.pyramid_pool_bwd(grad, list(x.shape[2:]), heights, widths, channels_last, backend)
+    return torch.ops.annnet.pyramid_pool_bwd(grad, None, list(x.shape[2:]), heights, widths, channels_last, backend)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -81,7 +81,7 @@ def test_memory_beyond_the_map_and_the_outputs() -> None:
         whole_out = torch.full((4, 112, channels + 2), float("nan"), device=DEVICE)
         out = whole_out[1:-1, 1:-1, 1:-1].transpose(1, 2)
         torch.ops.annnet_native.pyramid_pool(x, None, SIZES, SIZES, out)
-        torch.ops.annnet_native.pyramid_pool_bwd(out, [13, 37], SIZES, SIZES, True, x)
+        torch.ops.annnet_native.pyramid_pool_bwd(out, None, [13, 37], SIZES, SIZES, True, x)
         for whole, inner in ((whole_out, out), (whole_x, x)):
             assert inner.isfinite().all()
             assert whole.isnan().sum() == whole.numel() - inner.numel()
@@ -128,7 +128,7 @@ def test_more_than_two_to_the_31_elements(channels_last: bool) -> None:
     pooled = pool(x, SIZES, SIZES)
     last = x[-1:, -1:].double()
     assert relative_error(pooled[-1:, -1:], reference.pyramid_pool(last, SIZES, SIZES)) < 1e-3
-    torch.ops.annnet_native.pyramid_pool_bwd(pooled, list(shape[2:]), SIZES, SIZES, channels_last, dx)
+    torch.ops.annnet_native.pyramid_pool_bwd(pooled, None, list(shape[2:]), SIZES, SIZES, channels_last, dx)
     expected = spread(pooled[-1:, -1:].double(), last, SIZES, SIZES, "reference")
     assert relative_error(dx[-1:, -1:], expected) < 1e-3
 

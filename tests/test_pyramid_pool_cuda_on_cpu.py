@@ -30,7 +30,7 @@ def gpu(tmp_path_factory: pytest.TempPathFactory) -> cuda_on_cpu.CudaOnCpu:
 
 
 def plain_spread(grad: Tensor, x: Tensor, heights: list[int], widths: list[int]) -> Tensor:
-    return torch.ops.annnet.pyramid_pool_bwd(grad, list(x.shape[2:]), heights, widths, False, "reference")
+    return torch.ops.annnet.pyramid_pool_bwd(grad, None, list(x.shape[2:]), heights, widths, False, "reference")
 
 
 def assert_right(

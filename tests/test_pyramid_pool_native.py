@@ -30,7 +30,7 @@ def _pool(x: Tensor, heights: list[int], widths: list[int]) -> Tensor:
 
 def _spread(grad: Tensor, x: Tensor, heights: list[int], widths: list[int], backend: str = "native") -> Tensor:
     channels_last = x.stride(1) == 1
-    return torch.ops.annnet.pyramid_pool_bwd(grad, list(x.shape[2:]), heights, widths, channels_last, backend)
+    return torch.ops.annnet.pyramid_pool_bwd(grad, None, list(x.shape[2:]), heights, widths, channels_last, backend)
 
 
 def test_the_extension_serves_cpu_tensors_by_itself() -> None:
@@ -145,7 +145,7 @@ def test_memory_beyond_the_map_and_the_outputs(dtype: torch.dtype, channels_last
             x, dx = x.permute(0, 3, 1, 2), dx.permute(0, 3, 1, 2)
         whole_out, out = embedded((2, 110, channels))
         torch.ops.annnet_native.pyramid_pool(x, None, sizes, sizes, out.transpose(1, 2))
-        torch.ops.annnet_native.pyramid_pool_bwd(out.transpose(1, 2), [height, width], sizes, sizes, channels_last, dx)
+        torch.ops.annnet_native.pyramid_pool_bwd(out.transpose(1, 2), None, [height, width], sizes, sizes, channels_last, dx)
         for whole, inner in ((whole_out, out), (whole_dx, dx)):
             assert inner.isfinite().all()
             assert whole.isnan().sum() == whole.numel() - inner.numel()
@@ -158,11 +158,11 @@ def test_memory_beyond_a_dense_gradient(dtype: torch.dtype, width: int) -> None:
     sizes, shape = list(SIZES), (1, 3, 40, width)
     grad = torch.randn(1, 3, 110).to(dtype)
     expected = torch.empty(1, 3, 40, width + 1, dtype=dtype)[..., :width]  # is written row by row
-    torch.ops.annnet_native.pyramid_pool_bwd(grad, [40, width], sizes, sizes, False, expected)
+    torch.ops.annnet_native.pyramid_pool_bwd(grad, None, [40, width], sizes, sizes, False, expected)
     for offset in range(1, 67, 5):
         whole = torch.full([expected.numel() + 128], float("nan"), dtype=dtype)
         dx = whole[offset : offset + expected.numel()].view(shape)
-        torch.ops.annnet_native.pyramid_pool_bwd(grad, [40, width], sizes, sizes, False, dx)
+        torch.ops.annnet_native.pyramid_pool_bwd(grad, None, [40, width], sizes, sizes, False, dx)
         assert torch.equal(dx, expected)
         assert whole.isnan().sum() == 128
 
@@ -210,7 +210,7 @@ def test_offsets_beyond_32_bits() -> None:
     x.copy_(torch.randn(2, 2, 16, 16))
     assert torch.equal(_pool(x, list(SIZES), list(SIZES)), _pool(x.contiguous(), list(SIZES), list(SIZES)))
     grad = torch.randn(2, 2, 110).bfloat16()
-    torch.ops.annnet_native.pyramid_pool_bwd(grad, [16, 16], list(SIZES), list(SIZES), False, x)
+    torch.ops.annnet_native.pyramid_pool_bwd(grad, None, [16, 16], list(SIZES), list(SIZES), False, x)
     assert torch.equal(x, _spread(grad, torch.empty(2, 2, 16, 16), list(SIZES), list(SIZES)))
 
 

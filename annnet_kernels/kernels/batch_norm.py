@@ -31,9 +31,16 @@ def batch_norm_moments(y: Tensor, moments: Tensor) -> None:
 
 
 def batch_norm_table(
-    y: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, table: Tensor
+    y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    conv_bias: Tensor | None,
+    eps: float,
+    table: Tensor,
 ) -> None:
-    run_all(plan_table(mean, var, weight, bias, eps, table), y)
+    run_all(plan_table((mean, var, weight, bias, conv_bias), eps, table), y)
 
 
 def batch_norm_update(
@@ -59,7 +66,7 @@ def batch_norm_update(
 
 
 def batch_norm_apply(y: Tensor, norm: Tensor, channel_scale: Tensor | None, relu: bool, out: Tensor) -> None:
-    run_all(plan_map(y, None, norm, channel_scale, None, relu, out), y)
+    run_all(plan_map(y, None, norm, channel_scale, relu, out), y)
 
 
 def batch_norm_bwd_sums(
@@ -74,10 +81,11 @@ def batch_norm_bwd_input(
     norm: Tensor,
     channel_scale: Tensor | None,
     relu: bool,
-    mean_sums: Tensor | None,
+    sums: Tensor | None,
+    per_value: float,
     dy: Tensor,
 ) -> None:
-    run_all(plan_map(y, grad_out, norm, channel_scale, mean_sums, relu, dy), y)
+    run_all(plan_map(y, grad_out, norm, channel_scale, relu, dy, sums, per_value), y)
 
 
 class Update(NamedTuple):
@@ -97,9 +105,10 @@ def plan_map(
     grad: Tensor | None,
     norm: Tensor,
     channel_scale: Tensor | None,
-    mean_sums: Tensor | None,
     relu: bool,
     out: Tensor,
+    sums: Tensor | None = None,
+    per_value: float = 1.0,
 ) -> list[Launch]:
     """out = the normalised map, or the gradient of y where ``grad`` is given."""
     tile = norm_tile(y.stride(1) == 1, y.shape[1])
@@ -108,7 +117,8 @@ def plan_map(
     arguments |= {
         "norm_ptr": _contiguous(norm),
         "factor_ptr": _contiguous(channel_scale),
-        "means_ptr": _contiguous(mean_sums),
+        "sums_ptr": _contiguous(sums),
+        "per_value": float(per_value),
         "relu": int(relu),
     }
     return (
@@ -146,15 +156,11 @@ def plan_update(
     return [Launch(batch_norm_update_kernel, (programs,), arguments, _TABLE_WARPS, 1)]
 
 
-def plan_table(
-    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, table: Tensor
-) -> list[Launch]:
-    """The table of given statistics."""
+def plan_table(vectors: tuple[Tensor | None, ...], eps: float, table: Tensor) -> list[Launch]:
+    """The table of given mean, var, weight, bias and bias of the convolution ahead."""
+    names = ("mean_ptr", "var_ptr", "weight_ptr", "bias_ptr", "conv_bias_ptr")
     arguments = {
-        "mean_ptr": mean.contiguous(),
-        "var_ptr": var.contiguous(),
-        "weight_ptr": _contiguous(weight),
-        "bias_ptr": _contiguous(bias),
+        **dict(zip(names, map(_contiguous, vectors), strict=True)),
         "table_ptr": table,
         "n_channels": table.shape[1],
         "eps": float(eps),
@@ -287,10 +293,10 @@ def launch_variants(device: Device) -> Iterator[tuple[str, str, Launch]]:
             rows = y.new_empty((2, channels), dtype=torch.float32)
             launches = _norm_variants(y, norm, device)
             for factor in (y.new_empty(y.shape[:2], dtype=torch.float32), None):
-                launches += plan_map(y, None, norm, factor, None, True, dense)
+                launches += plan_map(y, None, norm, factor, True, dense)
                 launches += plan_sums(y, dense, norm, factor, True, rows, device)
-                for means in (rows, None):
-                    launches += plan_map(y, dense, norm, factor, means, True, dense)
+                for sums in (rows, None):
+                    launches += plan_map(y, dense, norm, factor, True, dense, sums)
             for launch in launches:
                 yield str(dtype).removeprefix("torch."), name, launch
 
@@ -299,8 +305,11 @@ def _norm_variants(y: Tensor, table: Tensor, device: Device) -> list[Launch]:
     """Norms of the published blocks in training, with and without a convolution's bias, and in evaluation."""
     vector, count = table[0], y.new_empty((), dtype=torch.int64)
     moments = y.new_empty((3, y.shape[1]), dtype=torch.float64)
-    launches = [*plan_moments(y, moments, device), *plan_table(vector, vector, vector, vector, 1e-5, table)]
+    launches = [
+        *plan_moments(y, moments, device),
+    ]
     for conv_bias in (vector, None):
+        launches += plan_table((vector, vector, vector, vector, conv_bias), 1e-5, table)
         update = Update(table, vector, vector, conv_bias, vector, vector, count)
         for given in (None, moments):
             launches += plan_update(y, given, update, 1e-5, 0.1, 1, device)

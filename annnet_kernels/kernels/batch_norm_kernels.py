@@ -61,7 +61,8 @@ def batch_norm_map_kernel(
     grad,
     norm_ptr,
     factor_ptr,
-    means_ptr,
+    sums_ptr,
+    per_value,
     out,
     pixel_groups,
     width,
@@ -75,7 +76,7 @@ def batch_norm_map_kernel(
     """out = factor · act(z), or the gradient of y where ``grad`` is given.
 
     Grid: (B · ⌈C / chunk⌉ · ⌈N / split_pixels⌉,). y, grad, out (B, C, H, W) by strides, norm (4, C), factor (B, C),
-    means (2, C): Σ g / n and Σ g·ŷ / n, None for frozen statistics.
+    sums (2, C): Σ g and Σ g·ŷ, None for frozen statistics; per_value: 1 / n.
     """
     n_pixels = pixel_groups * PIXEL_MULTIPLE
     batch, channel, split, _ = _own_split(y.channels, n_pixels, split_pixels, chunk, CHANNELS_INNER)
@@ -84,9 +85,9 @@ def batch_norm_map_kernel(
     mean, invstd, weight, bias = load_norm(norm_ptr, y.channels, channels, 0)
     scale = invstd * weight
     factor = _load_factor(factor_ptr, batch, y.channels, channels, exists)
-    if means_ptr is not None:
-        offset = _load_vector(means_ptr, channels, exists)
-        slope = _load_vector(means_ptr + y.channels, channels, exists) * invstd
+    if sums_ptr is not None:
+        offset = _load_vector(sums_ptr, channels, exists) * per_value
+        slope = _load_vector(sums_ptr + y.channels, channels, exists) * per_value * invstd
 
     for block in range(0, split_pixels, BLOCK_PIXELS):
         first = split * split_pixels + block
@@ -99,7 +100,7 @@ def batch_norm_map_kernel(
         else:
             g = _load_block(grad, batch, first, inside, width, channel, chunk, BLOCK_PIXELS)
             g = _gradient_of_normalised(z, g, factor, relu)
-            if means_ptr is not None:
+            if sums_ptr is not None:
                 g = g - offset - centred * slope
             values = g * scale
         out_pixels = pixel_pointers(out, batch, first, width, BLOCK_PIXELS)
@@ -252,12 +253,14 @@ def batch_norm_update_kernel(moments_ptr, update, n_channels, eps, momentum, cal
 
 @triton.jit(do_not_specialize=["n_channels"])
 def batch_norm_table_kernel(
-    mean_ptr, var_ptr, weight_ptr, bias_ptr, table_ptr, n_channels, eps, BLOCK_CHANNELS: tl.constexpr
+    mean_ptr, var_ptr, weight_ptr, bias_ptr, conv_bias_ptr, table_ptr, n_channels, eps, BLOCK_CHANNELS: tl.constexpr
 ):
-    """The table (4, C) of given statistics (C). Grid: (⌈C / BLOCK_CHANNELS⌉,)."""
+    """The table (4, C) of given statistics (C), for a map without its bias. Grid: (⌈C / BLOCK_CHANNELS⌉,)."""
     channels = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     exists = channels < n_channels
-    mean = tl.load(mean_ptr + channels, mask=exists, other=0.0)
+    mean = tl.load(mean_ptr + channels, mask=exists, other=0.0).to(tl.float32)
+    if conv_bias_ptr is not None:
+        mean -= tl.load(conv_bias_ptr + channels, mask=exists, other=0.0).to(tl.float32)
     var = tl.load(var_ptr + channels, mask=exists, other=1.0)
     _store_table(table_ptr, mean, var, weight_ptr, bias_ptr, channels, n_channels, eps)
 

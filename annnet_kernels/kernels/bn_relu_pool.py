@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def bn_relu_bwd_sums(
     widths: Sequence[int],
     sums: Tensor,
 ) -> None:
-    run_all(plan_sums(y, norm, grad_tokens, grad_map, heights, widths, sums, device_of(y)), y)
+    run_all(plan_sums(y, norm, Gradients(grad_tokens, grad_map), heights, widths, sums, device_of(y)), y)
 
 
 def bn_relu_bwd_input(
@@ -44,26 +45,36 @@ def bn_relu_bwd_input(
     norm: Tensor,
     grad_tokens: Tensor | None,
     grad_map: Tensor | None,
-    mean_sums: Tensor | None,
+    sums: Tensor | None,
+    per_value: float,
     heights: Sequence[int],
     widths: Sequence[int],
     dy: Tensor,
 ) -> None:
-    run_all(plan_input(y, norm, grad_tokens, grad_map, mean_sums, heights, widths, dy, device_of(y)), y)
+    gradients = Gradients(grad_tokens, grad_map, sums, per_value)
+    run_all(plan_input(y, norm, gradients, heights, widths, dy, device_of(y)), y)
+
+
+class Gradients(NamedTuple):
+    """What the readers of a map hand back, and what batch statistics subtract: Σ g and Σ g·ŷ, times ``per_value``."""
+
+    tokens: Tensor | None
+    map: Tensor | None
+    sums: Tensor | None = None
+    per_value: float = 1.0
 
 
 def plan_sums(
     y: Tensor,
     norm: Tensor,
-    grad_tokens: Tensor | None,
-    grad_map: Tensor | None,
+    gradients: Gradients,
     heights: Sequence[int],
     widths: Sequence[int],
     sums: Tensor,
     device: Device,
 ) -> list[Launch]:
     """sums = (Σ g, Σ g·ŷ): one pass over the maps, then over the sums of its parts."""
-    launch, parts = _plan_pass(y, norm, grad_tokens, grad_map, None, None, heights, widths, device)
+    launch, parts = _plan_pass(y, norm, gradients, None, heights, widths, device)
     size = sums.numel()
     arguments = {
         "partial_ptr": launch.arguments["partial_ptr"],
@@ -80,47 +91,44 @@ def plan_sums(
 def plan_input(
     y: Tensor,
     norm: Tensor,
-    grad_tokens: Tensor | None,
-    grad_map: Tensor | None,
-    mean_sums: Tensor | None,
+    gradients: Gradients,
     heights: Sequence[int],
     widths: Sequence[int],
     dy: Tensor,
     device: Device,
 ) -> list[Launch]:
     """dy, from one pass over the maps."""
-    launch, parts = _plan_pass(y, norm, grad_tokens, grad_map, mean_sums, dy, heights, widths, device)
+    launch, parts = _plan_pass(y, norm, gradients, dy, heights, widths, device)
     return [launch] if parts else []
 
 
 def _plan_pass(
     y: Tensor,
     norm: Tensor,
-    grad_tokens: Tensor | None,
-    grad_map: Tensor | None,
-    mean_sums: Tensor | None,
+    gradients: Gradients,
     dy: Tensor | None,
     heights: Sequence[int],
     widths: Sequence[int],
     device: Device,
 ) -> tuple[Launch, int]:
     """The pass that writes ``dy``, or partial sums where that is None; and how many parts every channel has."""
-    layout = layout_of(*(x for x in (y, grad_map, dy) if x is not None))
+    layout = layout_of(*(x for x in (y, gradients.map, dy) if x is not None))
     tile = pool_tile(layout.inner, layout.vector, y.dtype, light=False)
     parts = parts_of(y, layout, tile, LEAST_SPREAD_ROWS, device)
     count = y.shape[0] * parts.splits * parts.tiles
     arguments = {
         "y_ptr": y,
         "norm_ptr": norm.contiguous(),
-        "grad_ptr": grad_tokens,
-        "map_ptr": grad_map,
-        "mean_sums_ptr": mean_sums,
+        "grad_ptr": gradients.tokens,
+        "map_ptr": gradients.map,
+        "sums_ptr": gradients.sums,
+        "per_value": float(gradients.per_value),
         "dy_ptr": dy,
         "partial_ptr": norm.new_empty((count, 2, y.shape[1])) if dy is None else None,
         **parts.sizes,
         **stride_arguments("y", y),
-        **token_arguments(grad_tokens, layout),
-        **stride_arguments("map", grad_map),
+        **token_arguments(gradients.tokens, layout),
+        **stride_arguments("map", gradients.map),
         **stride_arguments("dy", dy),
         "LEVELS": levels_argument(heights, widths),
         **tile_arguments(layout, tile),
@@ -140,9 +148,10 @@ def launch_variants(device: Device) -> Iterator[tuple[str, str, Launch]]:
             norm = y.new_empty((4, channels), dtype=torch.float32)
             sums = y.new_empty((2, channels), dtype=torch.float32)
             launches = plan_forward(y, norm, POOL_SIZES, POOL_SIZES, tokens, device)
-            for grad_tokens, grad_map in ((tokens, dense), (tokens, None), (None, dense)):
-                launches += plan_sums(y, norm, grad_tokens, grad_map, POOL_SIZES, POOL_SIZES, sums, device)
-                for means in (sums, None):
-                    launches += plan_input(y, norm, grad_tokens, grad_map, means, POOL_SIZES, POOL_SIZES, dense, device)
+            for gradients in (Gradients(tokens, dense), Gradients(tokens, None), Gradients(None, dense)):
+                launches += plan_sums(y, norm, gradients, POOL_SIZES, POOL_SIZES, sums, device)
+                for of_batch in (sums, None):
+                    complete = gradients._replace(sums=of_batch)
+                    launches += plan_input(y, norm, complete, POOL_SIZES, POOL_SIZES, dense, device)
             for launch in launches:
                 yield str(dtype).removeprefix("torch."), name, launch

@@ -22,7 +22,7 @@ from .pool_walk import (
     store_row,
 )
 
-_POINTERS = ["y_ptr", "norm_ptr", "grad_ptr", "map_ptr", "mean_sums_ptr", "dy_ptr", "partial_ptr"]
+_POINTERS = ["y_ptr", "norm_ptr", "grad_ptr", "map_ptr", "sums_ptr", "dy_ptr", "partial_ptr"]
 
 
 @triton.jit(do_not_specialize=run_time("y", "grad", "map", "dy"), do_not_specialize_on_alignment=_POINTERS)
@@ -31,7 +31,8 @@ def bn_relu_bwd_kernel(
     norm_ptr,
     grad_ptr,
     map_ptr,
-    mean_sums_ptr,
+    sums_ptr,
+    per_value,
     dy_ptr,
     partial_ptr,
     n_channels,
@@ -66,8 +67,8 @@ def bn_relu_bwd_kernel(
     """With g = [z lets pass] · (map + spread tokens): Σ g and Σ g·ŷ of a part, or dy = weight · invstd · (g − …).
 
     Grid: (B · ⌈C / BLOCK_CHANNELS⌉ · splits · tiles,). norm is a table (4, C). ``dy_ptr`` is None: a part's sums go to
-    partial (parts, 2, C). Otherwise dy (B, C, H, W) = weight · invstd · (g − mean_sums[0] − ŷ · mean_sums[1]), with
-    mean_sums (2, C) if given.
+    partial (parts, 2, C). Otherwise dy (B, C, H, W) = weight · invstd · (g − (sums[0] + ŷ · sums[1]) · per_value), with
+    sums (2, C) if given.
     """
     batch, first_channel, tile, split = own_part(
         n_channels, height, width, tile_columns, split_rows, INNER, BLOCK_CHANNELS
@@ -106,9 +107,9 @@ def bn_relu_bwd_kernel(
             batch, first_channel, top, left, dy_batch_stride, dy_channel_stride, dy_row_stride, dy_column_stride, INNER
         )
         scale = weight * invstd
-        if mean_sums_ptr is not None:
-            mean_g = tl.load(mean_sums_ptr + channels, mask=exists, other=0.0)[:, None]
-            mean_gy = tl.load(mean_sums_ptr + n_channels + channels, mask=exists, other=0.0)[:, None]
+        if sums_ptr is not None:
+            mean_g = tl.load(sums_ptr + channels, mask=exists, other=0.0)[:, None] * per_value
+            mean_gy = tl.load(sums_ptr + n_channels + channels, mask=exists, other=0.0)[:, None] * per_value
     else:
         sum_g = tl.zeros((BLOCK_CHANNELS, BLOCK_COLUMNS), tl.float32)
         sum_gy = tl.zeros((BLOCK_CHANNELS, BLOCK_COLUMNS), tl.float32)
@@ -131,7 +132,7 @@ def bn_relu_bwd_kernel(
         normal = (values - mean) * invstd
         gradient = tl.where(normal * weight + bias <= 0.0, 0.0, gradient)
         if dy_ptr is not None:
-            if mean_sums_ptr is not None:
+            if sums_ptr is not None:
                 gradient = gradient - mean_g - normal * mean_gy
             store_row(dy_origin + row_offset(k, dy_row_stride), scale * gradient, dy_offsets, mask, INNER, VECTOR)
         else:

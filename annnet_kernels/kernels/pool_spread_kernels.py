@@ -17,6 +17,7 @@ from .pool_walk import (
     bin_edges,
     bins_between,
     load_channels,
+    load_row,
     own_part,
     part_mask,
     part_offsets,
@@ -139,8 +140,9 @@ def pyramid_pool_bwd_kernel(
     TOKEN_MAJOR: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    ADDS: tl.constexpr,
 ):
-    """dx[pixel] = sum of grad[token] / area(token) over the tokens whose bins hold the pixel.
+    """dx[pixel] = sum of grad[token] / area(token) over the tokens whose bins hold the pixel, added to it if ``ADDS``.
 
     Grid: (B · ⌈C / BLOCK_CHANNELS⌉ · splits · tiles,). grad (B, C, T) by strides, dx (B, C, H, W) by strides.
     """
@@ -170,5 +172,9 @@ def pyramid_pool_bwd_kernel(
                 width, left, right, LEVELS, INNER, VECTOR, TOKEN_MAJOR,
             )  # fmt: skip
             values = total.to(dx_ptr.dtype.element_ty)
-        store_row(row, values, offsets, mask, INNER, VECTOR)
+        if ADDS:
+            held_before = load_row(row, offsets, mask, INNER, VECTOR).to(tl.float32)
+            store_row(row, held_before + values.to(tl.float32), offsets, mask, INNER, VECTOR)
+        else:
+            store_row(row, values, offsets, mask, INNER, VECTOR)
         row += dx_row_stride

@@ -26,13 +26,16 @@ def pyramid_pool(x: Tensor, norm: Tensor | None, heights: Sequence[int], widths:
 
 def pyramid_pool_bwd(
     grad: Tensor,
+    addend: Tensor | None,
     map_size: Sequence[int],
     heights: Sequence[int],
     widths: Sequence[int],
     channels_last: bool,
     dx: Tensor,
 ) -> None:
-    run_all(plan_backward(grad, heights, widths, dx, device_of(grad)), grad)
+    if addend is not None and addend is not dx:
+        dx.copy_(addend)
+    run_all(plan_backward(grad, heights, widths, dx, device_of(grad), adds=addend is not None), grad)
 
 
 class Layout(NamedTuple):
@@ -178,9 +181,9 @@ def _is_low(x: Tensor, heights: Sequence[int], widths: Sequence[int], light: boo
 
 
 def plan_backward(
-    grad: Tensor, heights: Sequence[int], widths: Sequence[int], dx: Tensor, device: Device
+    grad: Tensor, heights: Sequence[int], widths: Sequence[int], dx: Tensor, device: Device, adds: bool = False
 ) -> list[Launch]:
-    """dx = the gradient of the tokens, spread."""
+    """dx = the gradient of the tokens, spread; added to what dx holds where ``adds``."""
     if dx.shape[0] == 0:
         return []
     layout = layout_of(dx)
@@ -195,6 +198,7 @@ def plan_backward(
         **stride_arguments("dx", dx),
         "LEVELS": levels_argument(heights, widths),
         **tile_arguments(layout, tile),
+        "ADDS": adds,
     }
     return [Launch(pyramid_pool_bwd_kernel, (parts.programs,), arguments, tile.warps, 1, tile.max_registers)]
 
@@ -223,7 +227,8 @@ def launch_variants(device: Device) -> Iterator[tuple[str, str, Launch]]:
             launches = plan_forward(x, None, POOL_SIZES, POOL_SIZES, tokens, device)
             if name != "strided":
                 dx = empty_map(x, (batch, channels, height, width), name.startswith("channels_last"))
-                launches += plan_backward(tokens, POOL_SIZES, POOL_SIZES, dx, device)
+                for adds in (False, True):
+                    launches += plan_backward(tokens, POOL_SIZES, POOL_SIZES, dx, device, adds)
                 launches += plan_backward(tokens.contiguous(), POOL_SIZES, POOL_SIZES, dx, device)
             for launch in launches:
                 yield str(dtype).removeprefix("torch."), name, launch

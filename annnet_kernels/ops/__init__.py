@@ -2,8 +2,11 @@
 
 from . import batch_norm, bn_relu_pool
 from .asymmetric_attention import AsymmetricAttention
+from .matrix_product import matrix_product
 from .normalized import NormalizedAttention, NormalizedPool, NormalizedTail
+from .projections import Projections
 from .pyramid_pool import PyramidPool
+from .token_values import TokenValues
 from .upsampled_cross_entropy import UpsampledCrossEntropy
 
 __all__ = [
@@ -11,8 +14,11 @@ __all__ = [
     "NormalizedAttention",
     "NormalizedPool",
     "NormalizedTail",
+    "Projections",
     "PyramidPool",
+    "TokenValues",
     "UpsampledCrossEntropy",
     "batch_norm",
     "bn_relu_pool",
+    "matrix_product",
 ]

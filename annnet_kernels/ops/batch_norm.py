@@ -50,9 +50,11 @@ register(
     reference=reference.batch_norm_moments_out,
     triton_module="batch_norm",
 )
-# The table of given statistics (C); y gives shape and dtype and is not read.
+# The table of given statistics (C); y gives shape and dtype and is not read. ``conv_bias`` (C) is what the convolution
+# ahead left out of y.
 register(
-    "batch_norm_table(Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    "batch_norm_table(Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? conv_bias, float eps)"
+    " -> Tensor",
     allocate=_allocate_table,
     reference=reference.batch_norm_table_out,
     triton_module="batch_norm",
@@ -91,10 +93,11 @@ register(
     reference=reference.batch_norm_bwd_sums_out,
     triton_module="batch_norm",
 )
-# mean_sums is the sums (2, C) divided by the number of pixels; None where the statistics are frozen.
+# sums (2, C) are those above, of all maps that share statistics; per_value is 1 / the number of their pixels. Without
+# sums the statistics are frozen.
 register(
     "batch_norm_bwd_input(Tensor grad_out, Tensor y, Tensor norm, Tensor? channel_scale, bool relu,"
-    " Tensor? mean_sums, str? backend) -> Tensor",
+    " Tensor? sums, float per_value, str? backend) -> Tensor",
     allocate=_allocate_bwd_input,
     reference=reference.batch_norm_bwd_input_out,
     triton_module="batch_norm",

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import Function, forward_ad
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Whether ``torch.compile`` or a transform of ``torch.func`` looks at what is called."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
@@ -21,7 +21,7 @@ def apply(function: type[Function], *arguments: Any) -> Any:
     signature of ``forward`` at every call, to bind keywords and defaults: a small block took 0.62 ms in evaluation on a
     CPU with it and takes 0.40 ms with the forward alone, which is enough where no gradient is wanted.
     """
-    if _is_traced():
+    if is_traced():
         return function.apply(*arguments)
     if torch.is_grad_enabled():
         return _eager(function).apply(*arguments)

@@ -28,6 +28,7 @@ def _allocate(x: Tensor, norm: Tensor | None, heights: Sequence[int], widths: Se
 
 def _allocate_bwd(
     grad: Tensor,
+    addend: Tensor | None,
     map_size: Sequence[int],
     heights: Sequence[int],
     widths: Sequence[int],
@@ -44,9 +45,11 @@ def _vmap(info: Any, in_dims: Sequence[int | None], x: Tensor, norm: Tensor | No
     return pooled.unflatten(0, batched.shape[:2]), 0
 
 
-def _vmap_bwd(info: Any, in_dims: Sequence[int | None], grad: Tensor, *constants: Any) -> Any:
+def _vmap_bwd(info: Any, in_dims: Sequence[int | None], grad: Tensor, addend: Tensor | None, *constants: Any) -> Any:
+    if addend is not None:
+        raise NotImplementedError("torch.ops.annnet.pyramid_pool_bwd: torch.vmap serves no addend")
     batched = grad.movedim(in_dims[0], 0)  # type: ignore[arg-type]
-    spread = torch.ops.annnet.pyramid_pool_bwd(batched.flatten(0, 1), *constants)
+    spread = torch.ops.annnet.pyramid_pool_bwd(batched.flatten(0, 1), None, *constants)
     return spread.unflatten(0, batched.shape[:2]), 0
 
 
@@ -55,7 +58,7 @@ def _flops(x_shape: Sequence[int], *_: Any, **__: Any) -> int:
     return prod(x_shape)
 
 
-def _flops_bwd(grad_shape: Sequence[int], map_size: Sequence[int], *_: Any, **__: Any) -> int:
+def _flops_bwd(grad_shape: Sequence[int], addend_shape: Any, map_size: Sequence[int], *_: Any, **__: Any) -> int:
     return prod(grad_shape[:2]) * prod(map_size)
 
 
@@ -67,14 +70,23 @@ _route = register(
     vmap=_vmap,
     flops=_flops,
 )
+# addend (B, C, H, W) is added to the gradient that is spread; the in-place operator adds to it.
 _route_bwd = register(
-    "pyramid_pool_bwd(Tensor grad, SymInt[] map_size, int[] heights, int[] widths, bool channels_last,"
+    "pyramid_pool_bwd(Tensor grad, Tensor? addend, SymInt[] map_size, int[] heights, int[] widths, bool channels_last,"
     " str? backend) -> Tensor",
     allocate=_allocate_bwd,
     reference=reference.pyramid_pool_bwd_out,
     triton_module="pyramid_pool",
     vmap=_vmap_bwd,
     flops=_flops_bwd,
+)
+register(
+    "pyramid_pool_bwd_(Tensor grad, Tensor(a!) addend, SymInt[] map_size, int[] heights, int[] widths,"
+    " bool channels_last, str? backend) -> ()",
+    allocate=lambda *_: None,
+    reference=reference.pyramid_pool_bwd_out,
+    triton_module="pyramid_pool",
+    written=1,
 )
 
 
@@ -115,7 +127,7 @@ class PyramidPoolBackward(torch.autograd.Function):
         channels_last: bool,
         backend: str | None,
     ) -> Tensor:
-        dx: Tensor = torch.ops.annnet.pyramid_pool_bwd(grad, map_size, heights, widths, channels_last, backend)
+        dx: Tensor = torch.ops.annnet.pyramid_pool_bwd(grad, None, map_size, heights, widths, channels_last, backend)
         return dx
 
     @staticmethod
@@ -139,11 +151,14 @@ def _differentiable(x: Tensor, norm: Tensor | None, heights: list[int], widths: 
 @_route_bwd
 def _differentiable_bwd(
     grad: Tensor,
+    addend: Tensor | None,
     map_size: list[int],
     heights: list[int],
     widths: list[int],
     channels_last: bool,
     backend: str | None,
-) -> Tensor:
+) -> Any:
+    if addend is not None:
+        return NotImplemented
     dx: Tensor = PyramidPoolBackward.apply(grad, map_size, heights, widths, channels_last, backend)
     return dx

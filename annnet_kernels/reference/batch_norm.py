@@ -24,9 +24,16 @@ def batch_norm_moments_out(y: Tensor, moments: Tensor) -> None:
 
 
 def batch_norm_table_out(
-    y: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, table: Tensor
+    y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    conv_bias: Tensor | None,
+    eps: float,
+    table: Tensor,
 ) -> None:
-    table[0] = mean
+    table[0] = mean if conv_bias is None else mean.to(table.dtype) - conv_bias.to(table.dtype)
     table[1] = torch.rsqrt(var.to(table.dtype) + eps)
     table[2] = 1 if weight is None else weight
     table[3] = 0 if bias is None else bias
@@ -50,7 +57,7 @@ def batch_norm_update_out(
         moments = y.new_empty((3, y.shape[1]), dtype=torch.float64)
         batch_norm_moments_out(y, moments)
     values, mean, deviation = moments.unbind()
-    batch_norm_table_out(y, mean, deviation / values.clamp_min(1), weight, bias, eps, table)
+    batch_norm_table_out(y, mean, deviation / values.clamp_min(1), weight, bias, None, eps, table)
     unbiased = deviation / (values - 1)
     mean = mean if conv_bias is None else mean + conv_bias
     for call in range(calls):
@@ -83,13 +90,15 @@ def batch_norm_bwd_input_out(
     norm: Tensor,
     channel_scale: Tensor | None,
     relu: bool,
-    mean_sums: Tensor | None,
+    sums: Tensor | None,
+    per_value: float,
     dy: Tensor,
 ) -> None:
     normal = _centred(y, norm)
     g = _gradient_of_normalised(grad_out, normal, norm, channel_scale, relu)
-    if mean_sums is not None:
-        g = g - _per_channel(mean_sums[0]) - normal * _per_channel(mean_sums[1])
+    if sums is not None:
+        mean_g, mean_gy = sums * per_value
+        g = g - _per_channel(mean_g) - normal * _per_channel(mean_gy)
     _, invstd, weight, _ = norm
     dy.copy_(g * _per_channel(weight * invstd))
 

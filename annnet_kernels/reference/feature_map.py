@@ -29,13 +29,14 @@ def bn_relu_bwd_input_out(
     norm: Tensor,
     grad_tokens: Tensor | None,
     grad_map: Tensor | None,
-    mean_sums: Tensor | None,
+    sums: Tensor | None,
+    per_value: float,
     heights: Sequence[int],
     widths: Sequence[int],
     dy: Tensor,
 ) -> None:
     grad = _gradient_of_finished(y, norm, grad_tokens, grad_map, heights, widths)
-    batch_norm_bwd_input_out(grad, y, norm, None, True, mean_sums, dy)
+    batch_norm_bwd_input_out(grad, y, norm, None, True, sums, per_value, dy)
 
 
 def _gradient_of_finished(
@@ -49,5 +50,5 @@ def _gradient_of_finished(
     """What the pooling and the other readers hand back."""
     total = torch.zeros_like(y, dtype=norm.dtype)
     if grad_tokens is not None:
-        pyramid_pool_bwd_out(grad_tokens.to(norm.dtype), y.shape[2:], heights, widths, False, total)
+        pyramid_pool_bwd_out(grad_tokens.to(norm.dtype), None, y.shape[2:], heights, widths, False, total)
     return total if grad_map is None else total + grad_map

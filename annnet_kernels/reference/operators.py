@@ -46,6 +46,7 @@ def pyramid_pool_out(
 
 def pyramid_pool_bwd_out(
     grad: Tensor,
+    addend: Tensor | None,
     map_size: Sequence[int],
     heights: Sequence[int],
     widths: Sequence[int],
@@ -65,7 +66,17 @@ def pyramid_pool_bwd_out(
             spread[:, :, :, left:right] += level[:, :, :, j : j + 1] / (right - left)
         for i, (top, bottom) in enumerate(bin_edges(height, rows)):
             total[:, :, top:bottom] += spread[:, :, i : i + 1] / (bottom - top)
-    dx.copy_(total)
+    dx.copy_(total if addend is None else total + addend)
+
+
+def accumulator_of(*dtypes: torch.dtype) -> torch.dtype:
+    """float32, or float64 where one of the operands is."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def matrix_product_out(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor) -> None:
+    wide = accumulator_of(a.dtype, b.dtype)
+    out.copy_(torch.mm(a.to(wide), b.to(wide)))
 
 
 def asymmetric_attention_out(

@@ -119,7 +119,7 @@ struct Tables {
       factors = channel_scale->contiguous();
     }
     if (mean_sums) {
-      check_table(*mean_sums, "mean_sums", y, {2, y.size(1)});
+      check_table(*mean_sums, "sums", y, {2, y.size(1)});
       means = mean_sums->contiguous();
     }
   }
@@ -240,9 +240,11 @@ void check_written_table(const at::Tensor& table, const at::Tensor& y) {
 }
 
 void batch_norm_table(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight,
-                      const OptionalTensor& bias, double eps, at::Tensor& table) {
+                      const OptionalTensor& bias, const OptionalTensor& conv_bias, double eps, at::Tensor& table) {
   check_written_table(table, y);
-  const std::vector<double> means = doubles_of(mean, "mean", y, 0);
+  std::vector<double> means = doubles_of(mean, "mean", y, 0);
+  const std::vector<double> shift = doubles_of(conv_bias, "conv_bias", y, 0);
+  for (size_t c = 0; c < means.size(); ++c) means[c] -= shift[c];
   const auto write = table.scalar_type() == at::kDouble ? write_table<double> : write_table<float>;
   write(means.data(), doubles_of(var, "var", y, 1), doubles_of(weight, "weight", y, 1), doubles_of(bias, "bias", y, 0),
         eps, table);
@@ -310,15 +312,15 @@ void batch_norm_bwd_sums(const at::Tensor& grad_out, const at::Tensor& y, const 
 }
 
 void batch_norm_bwd_input(const at::Tensor& grad_out, const at::Tensor& y, const at::Tensor& norm,
-                          const OptionalTensor& channel_scale, bool relu, const OptionalTensor& mean_sums,
-                          at::Tensor& dy) {
-  const Tables tables(y, norm, channel_scale, mean_sums);
+                          const OptionalTensor& channel_scale, bool relu, const OptionalTensor& sums,
+                          double per_value, at::Tensor& dy) {
+  const Tables tables(y, norm, channel_scale, sums ? OptionalTensor(sums->mul(per_value)) : sums);
   check_like(grad_out, "grad_out", y);
   check_like(dy, "dy", y);
   if (y.numel() == 0) return;
   Problem problem(y, grad_out, dy);
   tables.give_to(problem.args);
-  const auto kernel = kernels().batch_norm.input[mean_sums.has_value()][relu][problem.lanes][problem.dtype];
+  const auto kernel = kernels().batch_norm.input[sums.has_value()][relu][problem.lanes][problem.dtype];
   problem.for_units([&](const BatchNormUnit& unit) { kernel(problem.args, unit); });
 }
 

@@ -89,20 +89,20 @@ void bn_relu_bwd_sums(const at::Tensor& y, const at::Tensor& norm, const MaybeTe
 }
 
 void bn_relu_bwd_input(const at::Tensor& y, const at::Tensor& norm, const MaybeTensor& grad_tokens,
-                       const MaybeTensor& grad_map, const MaybeTensor& mean_sums, at::IntArrayRef heights,
-                       at::IntArrayRef widths, at::Tensor& dy) {
+                       const MaybeTensor& grad_map, const MaybeTensor& sums, double per_value,
+                       at::IntArrayRef heights, at::IntArrayRef widths, at::Tensor& dy) {
   check_gradients(y, grad_tokens, grad_map, heights, widths);
   const NormTable table = norm_of(norm, y);
   ANNNET_CHECK_SHAPE(dy, y.size(0), y.size(1), y.size(2), y.size(3));
   ANNNET_CHECK_SAME_KIND(dy, y);
-  if (mean_sums) {
-    ANNNET_CHECK_SHAPE(*mean_sums, 2, y.size(1));
-    ANNNET_CHECK_DTYPE(*mean_sums, accumulator_of(y));
+  if (sums) {
+    ANNNET_CHECK_SHAPE(*sums, 2, y.size(1));
+    ANNNET_CHECK_DTYPE(*sums, accumulator_of(y));
   }
   if (y.numel() == 0) return;
   BnReluProblem problem(y, table, grad_tokens, grad_map, heights, widths);
-  const at::Tensor means = mean_sums ? mean_sums->contiguous() : at::Tensor();
-  problem.gradient.mean_sums = mean_sums ? means.const_data_ptr() : nullptr;
+  const at::Tensor means = sums ? sums->mul(per_value).contiguous() : at::Tensor();
+  problem.gradient.mean_sums = sums ? means.const_data_ptr() : nullptr;
   problem.gradient.dy = map_of(dy, problem.lines);
   const BnReluPoolKernels& level = kernels().bn_relu_pool;
   const auto kernel = (problem.lines == Lines::channels ? level.input_channels : level.input_rows)[problem.dtype];

@@ -68,16 +68,22 @@ void pyramid_pool(const at::Tensor& x, const std::optional<at::Tensor>& norm, at
   pool(problem, sum[problem.dtype]);
 }
 
-void pyramid_pool_bwd(const at::Tensor& grad, at::IntArrayRef map_size, at::IntArrayRef heights, at::IntArrayRef widths,
-                      bool channels_last, at::Tensor& dx) {
+void pyramid_pool_bwd(const at::Tensor& grad, const std::optional<at::Tensor>& addend, at::IntArrayRef map_size,
+                      at::IntArrayRef heights, at::IntArrayRef widths, bool channels_last, at::Tensor& dx) {
   ANNNET_CHECK_RANK(grad, 3);
   TORCH_CHECK_VALUE(map_size.size() == 2, "map_size: expected (H, W), got ", map_size);
   check_tokens(grad, heights, widths, grad.size(0), grad.size(1));
   ANNNET_CHECK_SHAPE(dx, grad.size(0), grad.size(1), map_size[0], map_size[1]);
   ANNNET_CHECK_SAME_KIND(dx, grad);
+  if (addend) {
+    ANNNET_CHECK_SHAPE(*addend, dx.size(0), dx.size(1), dx.size(2), dx.size(3));
+    ANNNET_CHECK_SAME_KIND(*addend, dx);
+    if (!addend->is_same(dx)) dx.copy_(*addend);
+  }
   if (dx.numel() == 0) return;
   PoolProblem problem(dx, heights, widths);
   problem.args.tokens = tokens_of(grad);
+  problem.args.adds = addend.has_value();
   const PoolArgs& args = problem.args;
   TORCH_CHECK_VALUE(args.map.column == 1 || problem.lines == Lines::channels,
                     "dx: expected neighbours in memory along columns, rows or channels, got strides ", dx.strides());

@@ -59,6 +59,7 @@ struct PoolArgs {
   PoolMap map;
   PoolTokens tokens;
   NormTable norm;  // for the kernels that normalise and rectify on load
+  bool adds;       // the gradient is added to what the map holds
 };
 
 // One unit: channels channel … channel + count - 1 of an image, count ≤ block.
@@ -71,7 +72,7 @@ struct PyramidPoolKernels {
   using Sum = void (*)(const PoolArgs&, PoolUnit, int64_t first, int64_t last, void* bins, void* scratch);
   // Makes the tokens of the row bins first … last - 1 of a unit from the bins of all its row segments.
   using Finish = void (*)(const PoolArgs&, PoolUnit, int64_t first, int64_t last, const void* bins);
-  // Writes the gradient of the row segments first … last - 1 of a unit.
+  // Writes or adds the gradient of the row segments first … last - 1 of a unit.
   using Spread = void (*)(const PoolArgs&, PoolUnit, int64_t first, int64_t last, void* scratch);
 
   Sum sum_rows[kDtypes];      // any map; fast if map.column is 1

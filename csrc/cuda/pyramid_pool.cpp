@@ -69,8 +69,8 @@ void pool(const at::Tensor& x, const std::optional<at::Tensor>& norm, at::IntArr
   C10_CUDA_CHECK(pyramid_pool(call_of(x, out, heights, widths), scratch, c10::cuda::getCurrentCUDAStream()));
 }
 
-void spread(const at::Tensor& grad, at::IntArrayRef map_size, at::IntArrayRef heights, at::IntArrayRef widths,
-            bool channels_last, at::Tensor& dx) {
+void spread(const at::Tensor& grad, const std::optional<at::Tensor>& addend, at::IntArrayRef map_size,
+            at::IntArrayRef heights, at::IntArrayRef widths, bool channels_last, at::Tensor& dx) {
   ANNNET_CHECK_RANK(grad, 3);
   TORCH_CHECK_VALUE(map_size.size() == 2, "map_size: expected (H, W), got ", map_size);
   check_tokens(grad, heights, widths, grad.size(0), grad.size(1));
@@ -78,7 +78,9 @@ void spread(const at::Tensor& grad, at::IntArrayRef map_size, at::IntArrayRef he
   ANNNET_CHECK_SAME_KIND(dx, grad);
   if (dx.numel() == 0) return;
   const c10::cuda::CUDAGuard guard(grad.device());
-  C10_CUDA_CHECK(pyramid_pool_bwd(call_of(dx, grad, heights, widths), c10::cuda::getCurrentCUDAStream()));
+  at::Tensor target = addend ? at::empty_like(dx) : dx;
+  C10_CUDA_CHECK(pyramid_pool_bwd(call_of(target, grad, heights, widths), c10::cuda::getCurrentCUDAStream()));
+  if (addend) at::add_out(dx, *addend, target);
 }
 
 }  // namespace

@@ -116,7 +116,7 @@ def forward_and_backward(x: Tensor, grad: Tensor, channels_last: bool = False) -
     heights, widths = levels(SHORT)
     tokens = torch.ops.annnet.pyramid_pool(x, None, heights, widths)
     size = list(x.shape[2:])
-    return tokens, torch.ops.annnet.pyramid_pool_bwd(grad, size, heights, widths, channels_last, "triton")
+    return tokens, torch.ops.annnet.pyramid_pool_bwd(grad, None, size, heights, widths, channels_last, "triton")
 
 
 # Bytes
@@ -164,7 +164,7 @@ def test_bytes(shape, dtype, layout):
     with counted_bytes() as forward:
         tokens = torch.ops.annnet.pyramid_pool(x, None, SIZES, SIZES)
     with counted_bytes() as backward:
-        torch.ops.annnet.pyramid_pool_bwd(grad, list(shape[2:]), SIZES, SIZES, layout == "channels_last", "triton")
+        torch.ops.annnet.pyramid_pool_bwd(grad, None, list(shape[2:]), SIZES, SIZES, layout == "channels_last", "triton")
     ratios = {
         "forward loads": forward["load"] / size,
         "forward stores": forward["store"] / size,
@@ -192,7 +192,7 @@ def test_bytes_of_rectified(layout, with_map):
     with counted_bytes() as sums:
         operators.bn_relu_bwd_sums(y, norm, *gradients, SIZES, SIZES, "triton")
     with counted_bytes() as backward:
-        operators.bn_relu_bwd_input(y, norm, *gradients, means, SIZES, SIZES, "triton")
+        operators.bn_relu_bwd_input(y, norm, *gradients, means, 1.0, SIZES, SIZES, "triton")
     loads = [count["load"] / size for count in (forward, sums, backward)]
     stores = [count["store"] / size for count in (forward, sums, backward)]
     print(layout, with_map, "loads", [round(x, 3) for x in loads], "stores", [round(x, 3) for x in stores])
@@ -224,7 +224,7 @@ def test_non_finite_pixel_reaches_only_its_bins(layout, bad, dtype):
 def test_non_finite_token_gradient_reaches_only_its_pixels(layout, dtype):
     grad = random_token_gradient(1, 5, 110, dtype, device=DEVICE)
     grad[0, 2, 60] = float("inf")
-    dx = torch.ops.annnet.pyramid_pool_bwd(grad, [33, 40], SIZES, SIZES, layout == "channels_last", "triton")
+    dx = torch.ops.annnet.pyramid_pool_bwd(grad, None, [33, 40], SIZES, SIZES, layout == "channels_last", "triton")
     region = ak.token_regions(SIZES, (33, 40))[60]
     expected = torch.zeros(1, 5, 33, 40, dtype=torch.bool, device=DEVICE)
     expected[0, 2, region.top : region.bottom, region.left : region.right] = True
@@ -265,7 +265,7 @@ def test_touches_nothing_beyond_its_tensors(shape, channels_last):
     expected = forward_and_backward(x, grad, channels_last)
     outputs = [surrounded(torch.zeros_like(t)) for t in expected]
     launches.pyramid_pool(surrounded(x)[0], None, heights, widths, outputs[0][0])
-    launches.pyramid_pool_bwd(surrounded(grad)[0], shape[2:], heights, widths, channels_last, outputs[1][0])
+    launches.pyramid_pool_bwd(surrounded(grad)[0], None, shape[2:], heights, widths, channels_last, outputs[1][0])
     for (ours, memory), reference in zip(outputs, expected, strict=True):
         assert torch.equal(ours, reference)
         assert memory.isnan().sum() == memory.numel() - math.prod(ours.shape)
@@ -322,7 +322,7 @@ def test_rectifying_keeps_nan():
     tokens = torch.ops.annnet.pyramid_pool(y, norm, [1], [1])
     assert torch.equal(tokens.isnan().flatten().cpu(), torch.tensor([False, True, False, False]))
     grad = torch.ones_like(y)
-    dy = torch.ops.annnet.bn_relu_bwd_input(y, norm, None, grad, None, [1], [1], "triton")
+    dy = torch.ops.annnet.bn_relu_bwd_input(y, norm, None, grad, None, 1.0, [1], [1], "triton")
     assert dy[0, 1, 4, 4] == norm[1][1] * norm[2][1]
 
 
@@ -331,4 +331,4 @@ def test_rectified_batch_of_none():
     assert torch.ops.annnet.pyramid_pool(y, norm, SIZES, SIZES).shape == (0, 4, 110)
     sums = torch.ops.annnet.bn_relu_bwd_sums(y, norm, None, y, SIZES, SIZES, "triton")
     assert torch.equal(sums.cpu(), torch.zeros(2, 4))
-    assert torch.ops.annnet.bn_relu_bwd_input(y, norm, None, y, sums, SIZES, SIZES, "triton").shape == y.shape
+    assert torch.ops.annnet.bn_relu_bwd_input(y, norm, None, y, sums, 1.0, SIZES, SIZES, "triton").shape == y.shape

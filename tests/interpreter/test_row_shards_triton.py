@@ -22,10 +22,10 @@ def test_bands_add_up_to_the_tokens():
             lines = torch.ops.annnet.pyramid_pool(x[:, :, top : top + rows], None, *band.row_sizes)
         total = total + band.add_rows(lines.transpose(1, 2))
         back = band.spread(weights.transpose(1, 2)).transpose(1, 2)
-        spread.append(torch.ops.annnet.pyramid_pool_bwd(back, [rows, 10], *band.row_sizes, False, "triton"))
+        spread.append(torch.ops.annnet.pyramid_pool_bwd(back, None, [rows, 10], *band.row_sizes, False, "triton"))
     with ak.use_backend("reference"):
         torch.testing.assert_close(total.transpose(1, 2), ak.pyramid_pool(x, SIZES))
-    expected = torch.ops.annnet.pyramid_pool_bwd(weights, [9, 10], SIZES, SIZES, False, "reference")
+    expected = torch.ops.annnet.pyramid_pool_bwd(weights, None, [9, 10], SIZES, SIZES, False, "reference")
     torch.testing.assert_close(torch.cat(spread, dim=2), expected)
 
 

@@ -1,0 +1,61 @@
+"""Launches of the products of weights and tokens; see ``matrix_product_kernels``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .launch import Device, Launch, run_all
+from .matrix_product_kernels import matrix_product_kernel
+
+_ROWS, _COLUMNS, _DEPTH, _WARPS, _STAGES = 64, 64, 32, 4, 3
+_PRECISION = "tf32x3"
+"""Three products of TF32 halves on tensor cores: an error like float32's, at several times the rate of its units."""
+
+
+class Matrix(NamedTuple):
+    """A matrix as a kernel argument."""
+
+    pointer: Any
+    row_stride: Any
+    column_stride: Any
+
+
+def matrix_product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor) -> None:
+    run_all(plan(a, b, out), a)
+
+
+def plan(a: Tensor, b: Tensor, out: Tensor) -> list[Launch]:
+    """out = a b."""
+    rows, columns = out.shape
+    programs = -(-rows // _ROWS) * -(-columns // _COLUMNS)
+    arguments = {
+        "a": Matrix(a, *a.stride()),
+        "b": Matrix(b, *b.stride()),
+        "out_ptr": out,
+        "rows": rows,
+        "columns": columns,
+        "depth": a.shape[1],
+        "BLOCK_ROWS": _ROWS,
+        "BLOCK_COLUMNS": _COLUMNS,
+        "BLOCK_DEPTH": _DEPTH,
+        "PRECISION": _PRECISION,
+    }
+    return [Launch(matrix_product_kernel, (programs,), arguments, _WARPS, _STAGES)] if programs else []
+
+
+def launch_variants(device: Device) -> Iterator[tuple[str, str, Launch]]:
+    """(dtype, layout, launch): tokens and weights as they lie in a chain's forward and backward products."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        rows = torch.empty((880, 1024), dtype=dtype, device="meta")
+        wide = torch.empty((880, 1024), device="meta")
+        weight = torch.empty((1024, 1024), device="meta")
+        for (a, b), out in itertools.product(
+            ((rows, weight.t()), (rows, weight), (rows.t(), wide), (wide.t(), rows), (wide, weight)), (rows, weight)
+        ):
+            target = torch.empty((a.shape[0], b.shape[1]), dtype=out.dtype, device="meta")
+            yield str(dtype).removeprefix("torch."), "dense", plan(a, b, target)[0]
