@@ -81,7 +81,7 @@ def token_values(weights: Weights, pooled: Tensor, dtype: torch.dtype) -> Tensor
     The rows are few (110 per image), so the products are small; they are made in float32 at least, whatever the
     autocast, and in the order that takes the fewest operations at the actual batch.
     """
-    values: Tensor = apply(TokenValues, pooled, dtype, *_chain_of(weights))[0]
+    values: Tensor = apply(TokenValues, pooled, dtype, *weights[:3])[0]
     return values
 
 

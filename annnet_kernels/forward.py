@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -100,13 +101,18 @@ def block_forward(
     out = cut.attend(read, values, linear.constant, parts)
     if not recompute or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return linear.finish(out, cut, read.scale)
-
-    def again() -> Tensor:
-        skip = _skip_of(high, linear.skip_weight, out.dtype)
-        return cut.attend(read._replace(skip=skip), values, linear.constant, parts)
-
+    again = partial(_attend_again, parts, linear, high, cut, read._replace(skip=None), values, out.dtype)
     with recomputed(out, again):
         return linear.finish(out, cut, read.scale)
+
+
+def _attend_again(
+    parts: Parts, linear: Linear, high: Tensor, cut: Cut, read: Read, values: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The map ahead of the tail, from everything that was read but the skip."""
+    weight = linear.skip_weight
+    skip = None if weight is None else F.conv2d(high.to(dtype), weight.to(dtype))
+    return cut.attend(read._replace(skip=skip), values, linear.constant, parts)
 
 
 def collapsed_forward(parts: Parts, low: Tensor, high: Tensor, *, recompute: bool = False) -> Tensor:
@@ -226,14 +232,9 @@ def _leaves_bias_out(norm: Any) -> bool:
 def shift_of(projection: Projection, linear: Linear) -> Shift:
     """What a projection leaves out of its raw map."""
     bias = projection.conv.bias
-    if bias is None or not _leaves_bias_out(projection.norm):
+    if bias is None or not _is_fusable(projection) or not _leaves_bias_out(projection.norm):
         return NO_SHIFT
     return Shift(bias, () if linear.cancelled or not uses_batch_statistics(projection.norm) else (bias,))
-
-
-def _skip_of(high: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """X_h W_2ᵀ."""
-    return None if weight is None else F.conv2d(high.to(dtype), weight.to(dtype))
 
 
 class Whole:

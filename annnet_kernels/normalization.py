@@ -38,6 +38,10 @@ class Norm(NamedTuple):
     share: Share
     cancelled: tuple[Tensor, ...] = ()
 
+    def biases(self, count: int) -> tuple[Tensor | None, ...]:
+        """The cancelled biases as a reader takes them, that many."""
+        return (*self.cancelled, *(None,) * (count - len(self.cancelled)))
+
 
 class FeatureMap(NamedTuple):
     """A map (B, C, H, W), and what its readers apply to it: the batch norm and then a ReLU, or nothing."""
@@ -157,7 +161,7 @@ def pool_map(map: FeatureMap, pool_sizes: Sequence[tuple[int, int]]) -> Tensor:
     if norm is None:
         return pyramid_pool(y, pool_sizes)
     constants = norm.share, levels_of(pool_sizes), requested_backend()
-    tokens: Tensor = apply(NormalizedPool, y, norm.table, norm.weight, norm.bias, *constants, *norm.cancelled)
+    tokens: Tensor = apply(NormalizedPool, y, norm.table, norm.weight, norm.bias, *constants, *norm.biases(1))
     return tokens
 
 
@@ -188,7 +192,7 @@ def attend(
         return context if constant is None else context + constant.to(y.dtype)[:, None, None]
     tokens_and_addends = key, value, skip, constant
     constants = norm.share, levels_of(pool_sizes), requested_backend()
-    operands = y, norm.table, norm.weight, norm.bias, *tokens_and_addends, *constants, *norm.cancelled
+    operands = y, norm.table, norm.weight, norm.bias, *tokens_and_addends, *constants, *norm.biases(1)
     out: Tensor = apply(NormalizedAttention, *operands)[0]
     return out
 
@@ -202,7 +206,7 @@ def apply_tail(map: FeatureMap, relu: bool, scale: Tensor | None) -> Tensor:
         torch.ops.annnet.batch_norm_apply_(y, norm.table, scale, relu)
         return y
     constants = relu, norm.share, requested_backend()
-    out: Tensor = apply(NormalizedTail, y, norm.table, norm.weight, norm.bias, scale, *constants, *norm.cancelled)
+    out: Tensor = apply(NormalizedTail, y, norm.table, norm.weight, norm.bias, scale, *constants, *norm.biases(5))
     return out
 
 

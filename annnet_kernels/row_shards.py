@@ -225,8 +225,8 @@ class RectifiedAttention(NormalizedAttention):
             grad, y, table, key, value, logsumexp, y.shape[1] ** -0.5, needs, ctx.constants[-1]
         )
         dz, dkey, dvalue = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-        # table, weight, bias; share, levels, backend
-        return dz, *(None,) * 3, dkey, dvalue, *skip_gradients(grad, ctx.needs_input_grad[6:8]), *(None,) * 3
+        # table, weight, bias; share, levels, backend, cancelled
+        return dz, *(None,) * 3, dkey, dvalue, *skip_gradients(grad, ctx.needs_input_grad[6:8]), *(None,) * 4
 
 
 class Rows(NamedTuple):
@@ -254,11 +254,7 @@ class Rows(NamedTuple):
             self.band,
             self.group,
             requested_backend(),
-            *(
-                operand
-                for norm in norms
-                for operand in (norm.table, norm.weight, norm.bias, norm.cancelled[0] if norm.cancelled else None)
-            ),
+            *(operand for norm in norms for operand in (norm.table, norm.weight, norm.bias, *norm.biases(1))),
         )
         return Read(tokens, keys, FeatureMap(query, norms[-1]), raw.skip, scale)
 
@@ -269,7 +265,7 @@ class Rows(NamedTuple):
         out: Tensor
         addends = read.keys, values, read.skip, constant
         constants = Share(None, None), Levels([], []), requested_backend()
-        out, _, _ = apply(RectifiedAttention, y, norm.table, norm.weight, norm.bias, *addends, *constants)
+        out, _, _ = apply(RectifiedAttention, y, norm.table, norm.weight, norm.bias, *addends, *constants, None)
         return out
 
     def with_norm(self, norm: Any, y: Tensor, shift: Shift) -> FeatureMap:

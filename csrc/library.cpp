@@ -23,7 +23,7 @@ TORCH_LIBRARY(annnet_native, m) {
       "Tensor(a!) sums) -> ()");
   m.def(
       "bn_relu_bwd_input(Tensor y, Tensor norm, Tensor? grad_tokens, Tensor? grad_map, Tensor? sums, "
-      "float per_value, int[] heights, int[] widths, Tensor(a!) dy) -> ()");
+      "int count, int[] heights, int[] widths, Tensor(a!) dy) -> ()");
   m.def(
       "asymmetric_attention(Tensor query, Tensor? norm, Tensor key, Tensor value, Tensor? skip, Tensor? constant, "
       "float scale, bool statistics, Tensor(a!) out, Tensor(b!) logsumexp, Tensor(c!) moments) -> ()");
@@ -44,7 +44,7 @@ TORCH_LIBRARY(annnet_native, m) {
       "-> ()");
   m.def(
       "batch_norm_bwd_input(Tensor grad_out, Tensor y, Tensor norm, Tensor? channel_scale, bool relu, "
-      "Tensor? sums, float per_value, Tensor(a!) dy) -> ()");
+      "Tensor? sums, int count, Tensor(a!) dy) -> ()");
   m.def(
       "upsampled_cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
       "bool align_corners, bool per_pixel, bool gradient, Tensor(a!) losses, Tensor(b!) sums, "

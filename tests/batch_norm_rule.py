@@ -87,7 +87,7 @@ def tail(
         operands = (y, norm, factor)
         out = operators.batch_norm_apply(*operands, relu)
         sums = operators.batch_norm_bwd_sums(grad, *operands, relu, backend)
-        of_batch = (sums, y.shape[1] / y.numel()) if running is None else (None, 1.0)
+        of_batch = (sums, y.numel() // y.shape[1]) if running is None else (None, 1)
         dy = operators.batch_norm_bwd_input(grad, *operands, relu, *of_batch, backend)
     results = {"out": out, "dy": dy, "dbias": sums[0], "dweight": sums[1]}
     return results | ({"mean": mean, "var": var} if running is None else {})

@@ -114,7 +114,7 @@ def assert_rectified_accurate(
         ours = {
             "tokens": pooled,
             "sums": operators.bn_relu_bwd_sums(y, norm, *gradients, heights, widths, backend),
-            "dy": operators.bn_relu_bwd_input(y, norm, *gradients, sums, 0.25, heights, widths, backend),
+            "dy": operators.bn_relu_bwd_input(y, norm, *gradients, sums, 4, heights, widths, backend),
         }
         operands = (y, norm, *gradients, mean_sums)
         doubled = [None if x is None else x.double() for x in operands]

@@ -279,7 +279,7 @@ def test_where_no_gradient_comes_to_a_step_of_a_block_it_is_zero(function):
     y, table, tokens = torch.randn(1, 4, 3, 5, requires_grad=True), torch.ones(4, 4), torch.randn(1, 4, 7)
     parameters, addends, constants = (None,) * 2, (None,) * 2, (Share(None, None), Levels([], []), None)
     for expected, pass_on in ((False, Nothing.apply), (True, torch.clone)):
-        out, *_ = function.apply(y, table, *parameters, tokens, tokens, *addends, *constants)
+        out, *_ = function.apply(y, table, *parameters, tokens, tokens, *addends, *constants, None)
         pass_on(out).sum().backward()
         assert bool(y.grad.any()) is expected
 

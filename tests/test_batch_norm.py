@@ -148,7 +148,7 @@ def test_the_relu_lets_nan_pass_and_holds_back_infinite_gradients(layout, backen
     with ak.use_backend(backend):
         out = ops.batch_norm_apply(*operands)
         sums = ops.batch_norm_bwd_sums(grad, *operands, backend)
-        dy = ops.batch_norm_bwd_input(grad, *operands, None, 1.0, backend)
+        dy = ops.batch_norm_bwd_input(grad, *operands, None, 1, backend)
     leaf = y.clone().requires_grad_()
     torch.testing.assert_close(out, y.relu(), equal_nan=True)
     torch.testing.assert_close(dy, torch.autograd.grad(leaf.relu(), leaf, grad)[0], equal_nan=True)
@@ -161,7 +161,7 @@ def test_the_relu_lets_nan_pass_and_holds_back_infinite_gradients(layout, backen
 def test_frozen_statistics_keep_infinite_pixels_to_themselves(backend):
     y, grad = (random_map((1, 3, 5, 7), torch.float32) for _ in range(2))
     y[0, 0, 1, 1] = torch.inf
-    dy = ops.batch_norm_bwd_input(grad, y, torch.ones(4, 3), None, False, None, 1.0, backend)
+    dy = ops.batch_norm_bwd_input(grad, y, torch.ones(4, 3), None, False, None, 1, backend)
     torch.testing.assert_close(dy, grad)
 
 
@@ -196,7 +196,7 @@ def test_batch_of_none(backend):
         assert torch.equal(ops.batch_norm_moments(y), torch.zeros(3, 3, dtype=torch.float64))
         assert ops.batch_norm_apply(*operands).shape == y.shape
     assert torch.equal(ops.batch_norm_bwd_sums(y, *operands, backend), torch.zeros(2, 3))
-    assert ops.batch_norm_bwd_input(y, *operands, torch.zeros(2, 3), 1.0, backend).shape == y.shape
+    assert ops.batch_norm_bwd_input(y, *operands, torch.zeros(2, 3), 1, backend).shape == y.shape
 
 
 @pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))

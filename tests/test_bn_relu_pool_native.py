@@ -45,7 +45,7 @@ def _all(backend: str, y: Tensor, norm: Tensor, gradients: Sequence[Tensor | Non
     return {
         "tokens": _run(backend, "pyramid_pool", y, norm, SIZES, SIZES),
         "sums": _run(backend, "bn_relu_bwd_sums", y, norm, *reads, SIZES, SIZES),
-        "dy": _run(backend, "bn_relu_bwd_input", y, norm, *reads, mean_sums, 1.0, SIZES, SIZES),
+        "dy": _run(backend, "bn_relu_bwd_input", y, norm, *reads, mean_sums, 1, SIZES, SIZES),
     }
 
 
@@ -104,7 +104,7 @@ def test_any_shape_pyramid_and_layout(
     for operator, arguments, exact in (
         ("pyramid_pool", (), ()),
         ("bn_relu_bwd_sums", gradients, _double(gradients)),
-        ("bn_relu_bwd_input", (*gradients, mean_sums, 0.5), (*_double((*gradients, mean_sums)), 0.5)),
+        ("bn_relu_bwd_input", (*gradients, mean_sums, 2), (*_double((*gradients, mean_sums)), 2)),
     ):
         ours = _run("native", operator, y, norm, *arguments, heights, widths)
         truth = _run("reference", operator, y.double(), norm.double(), *exact, heights, widths)
@@ -117,7 +117,7 @@ def test_any_shape_pyramid_and_layout(
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_the_output_has_the_layout_of_the_map(layout: str) -> None:
     y = random_map((2, 5, 9, 11), torch.float32, layout)
-    dy = _run("native", "bn_relu_bwd_input", y, _table(5, y.dtype), None, y, None, 1.0, SIZES, SIZES)
+    dy = _run("native", "bn_relu_bwd_input", y, _table(5, y.dtype), None, y, None, 1, SIZES, SIZES)
     assert dy.stride() == y.stride()
 
 
@@ -131,7 +131,7 @@ def test_nan_passes_the_relu_and_spoils_nothing_else(layout: str) -> None:
     holds = torch.tensor([r.top <= 16 < r.bottom and r.left <= 20 < r.right for r in regions])
     assert torch.equal(tokens.isnan()[0, 3], holds)
     assert tokens.isnan().sum() == holds.sum()
-    dy = _run("native", "bn_relu_bwd_input", y, norm, None, y, norm[:2], 1.0, SIZES, SIZES)
+    dy = _run("native", "bn_relu_bwd_input", y, norm, None, y, norm[:2], 1, SIZES, SIZES)
     assert dy.isnan().sum() == 1
 
 

@@ -36,7 +36,7 @@ def calls(layout, dtype=torch.float32):
         "pyramid_pool": (query, None, *LEVELS),
         "pyramid_pool_bwd": (tokens(CK), None, [H, W], *LEVELS, layout == "channels_last", None),
         "bn_relu_bwd_sums": (y, norm, tokens(CK), a_map(CK), *LEVELS, None),
-        "bn_relu_bwd_input": (y, norm, tokens(CK), None, sums, 0.1, *LEVELS, None),
+        "bn_relu_bwd_input": (y, norm, tokens(CK), None, sums, 10, *LEVELS, None),
         "asymmetric_attention": (query, None, tokens(CK), tokens(CV), None, None, 0.7, False),
         "asymmetric_attention_bwd": (
             grad_map,
@@ -56,7 +56,7 @@ def calls(layout, dtype=torch.float32):
         "batch_norm_apply": tail,
         "batch_norm_apply_": (random_map((B, CK, H, W), dtype, dense(layout)), *tail[1:]),
         "batch_norm_bwd_sums": (a_map(CK), *tail, None),
-        "batch_norm_bwd_input": (a_map(CK), *tail, sums, 0.1, None),
+        "batch_norm_bwd_input": (a_map(CK), *tail, sums, 10, None),
         "upsampled_cross_entropy": (query, labels, class_weight, 3, 0.1, False, True, True),
         "upsampled_cross_entropy_bwd": (query, labels, class_weight, pixel_grad, 3, 0.1, False, None),
         "upsampled_argmax": (query, [9, 11], True),

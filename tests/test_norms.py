@@ -11,7 +11,15 @@ from torch import nn
 
 import annnet_kernels as ak
 from annnet_kernels import native
-from annnet_kernels.normalization import FeatureMap, Shift, apply_tail, moments_of, norm_of, sums_of, uses_batch_statistics
+from annnet_kernels.normalization import (
+    FeatureMap,
+    Shift,
+    apply_tail,
+    moments_of,
+    norm_of,
+    sums_of,
+    uses_batch_statistics,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

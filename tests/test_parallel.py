@@ -450,7 +450,9 @@ def test_bands_of_any_heights_add_up_to_the_tokens(sizes):
         lines = torch.ops.annnet.pyramid_pool(x[:, :, top:bottom], None, *band.row_sizes)
         total = total + band.add_rows(lines.transpose(1, 2))
         back = band.spread(weights.transpose(1, 2)).transpose(1, 2)
-        spread.append(torch.ops.annnet.pyramid_pool_bwd(back, None, [bottom - top, width], *band.row_sizes, False, None))
+        spread.append(
+            torch.ops.annnet.pyramid_pool_bwd(back, None, [bottom - top, width], *band.row_sizes, False, None)
+        )
     whole = torch.ops.annnet.pyramid_pool(x, None, heights, widths)
     torch.testing.assert_close(total.transpose(1, 2), whole)
     assert whole.isinf().any()

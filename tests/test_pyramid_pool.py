@@ -193,7 +193,7 @@ def test_the_backward_of_batch_norm_relu_and_pooling(backend):
         gradients = (grad_tokens, grad_map)
         sums = torch.ops.annnet.bn_relu_bwd_sums(*operands, *gradients, heights, widths, backend)
         means = sums / (3 * 9 * 7)
-        dy = torch.ops.annnet.bn_relu_bwd_input(*operands, *gradients, means, 1.0, heights, widths, backend)
+        dy = torch.ops.annnet.bn_relu_bwd_input(*operands, *gradients, means, 1, heights, widths, backend)
     torch.testing.assert_close((dy, sums[1], sums[0]), expected)
 
 

@@ -145,7 +145,9 @@ def test_memory_beyond_the_map_and_the_outputs(dtype: torch.dtype, channels_last
             x, dx = x.permute(0, 3, 1, 2), dx.permute(0, 3, 1, 2)
         whole_out, out = embedded((2, 110, channels))
         torch.ops.annnet_native.pyramid_pool(x, None, sizes, sizes, out.transpose(1, 2))
-        torch.ops.annnet_native.pyramid_pool_bwd(out.transpose(1, 2), None, [height, width], sizes, sizes, channels_last, dx)
+        torch.ops.annnet_native.pyramid_pool_bwd(
+            out.transpose(1, 2), None, [height, width], sizes, sizes, channels_last, dx
+        )
         for whole, inner in ((whole_out, out), (whole_dx, dx)):
             assert inner.isfinite().all()
             assert whole.isnan().sum() == whole.numel() - inner.numel()

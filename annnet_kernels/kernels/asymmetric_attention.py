@@ -18,9 +18,10 @@ from .attention_kernels import (
     asymmetric_attention_fwd_kernel,
     asymmetric_attention_sum_splits_kernel,
 )
-from .batch_norm import plan_moments
-from .launch import Device, Launch, device_of, product_precision, run_all
+from .batch_norm import batch_norm_moments
+from .launch import Device, Launch, device_of, product_precision
 from .operands import Map, chunk_argument, map_argument, pixel_multiple, tokens_argument
+from .plans import planned, scratch
 from .tiles import AttentionTile, attention_tile, pixel_splits, token_gradient_tile
 
 _SUM_BLOCK = 1024
@@ -37,6 +38,22 @@ class Operands(NamedTuple):
     precision: str
 
 
+@planned
+def _forward(
+    query: Tensor,
+    norm: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    skip: Tensor | None,
+    constant: Tensor | None,
+    constants: tuple[float, str],
+    out: Tensor,
+    logsumexp: Tensor,
+) -> list[Launch]:
+    operands = Operands(query, norm, key, value, *constants)
+    return plan_forward(operands, skip, constant, out, logsumexp, device_of(query))
+
+
 def asymmetric_attention(
     query: Tensor,
     norm: Tensor | None,
@@ -50,12 +67,27 @@ def asymmetric_attention(
     logsumexp: Tensor,
     moments: Tensor,
 ) -> None:
-    device = device_of(query)
-    operands = Operands(query, norm, key, value, scale, product_precision(query.dtype))
-    launches = plan_forward(operands, skip, constant, out, logsumexp, device)
+    constants = scale, product_precision(query.dtype)
+    _forward(query, norm, key, value, skip, constant, constants, out, logsumexp)
     if statistics:
-        launches += plan_moments(out, moments, device)
-    run_all(launches, query)
+        batch_norm_moments(out, moments)
+
+
+@planned
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    norm: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    logsumexp: Tensor,
+    constants: tuple[float, str],
+    dquery: Tensor | None,
+    dkey: Tensor | None,
+    dvalue: Tensor | None,
+) -> list[Launch]:
+    operands = Operands(query, norm, key, value, *constants)
+    return plan_backward(grad_out, operands, logsumexp, (dquery, dkey, dvalue), device_of(query))
 
 
 def asymmetric_attention_bwd(
@@ -69,9 +101,8 @@ def asymmetric_attention_bwd(
     needs: Sequence[bool],
     *gradients: Tensor,
 ) -> None:
-    wanted = tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
-    operands = Operands(query, norm, key, value, scale, product_precision(query.dtype))
-    run_all(plan_backward(grad_out, operands, logsumexp, wanted, device_of(query)), query)
+    wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+    _backward(grad_out, query, norm, key, value, logsumexp, (scale, product_precision(query.dtype)), *wanted)
 
 
 def plan_forward(
@@ -112,12 +143,12 @@ def plan_backward(
     if blocks == 0 or (dquery is None and dkey is None and dvalue is None):
         return []
 
-    def scratch(wanted: bool) -> Tensor | None:
-        return query.new_empty((batch, pixels, scratch_tokens)) if wanted else None
+    def memory(wanted: bool) -> Tensor | None:
+        return scratch(query, (batch, pixels, scratch_tokens)) if wanted else None
 
     scratch_tokens = -(-key.shape[2] // 16) * 16
-    attention = scratch(dvalue is not None)
-    dlogits = scratch(dkey is not None or (dquery is not None and not one_block))
+    attention = memory(dvalue is not None)
+    dlogits = memory(dkey is not None or (dquery is not None and not one_block))
     common = {"scratch_tokens": scratch_tokens, **_common_arguments(operands, maps)}
     arguments = {
         **common,
@@ -155,23 +186,23 @@ def plan_backward(
 
 
 def _token_gradient(
-    map: Map, norm: Tensor | None, scratch: Tensor | None, out: Tensor, common: dict[str, Any], device: Device
+    map: Map, norm: Tensor | None, weights: Tensor | None, out: Tensor, common: dict[str, Any], device: Device
 ) -> list[Launch]:
-    """out = scale · scratchᵀ × map."""
-    assert scratch is not None
+    """out = scale · weightsᵀ × map."""
+    assert weights is not None
     batch, channels, tokens = out.shape
-    pixels = scratch.shape[1]
+    pixels = weights.shape[1]
     tile = token_gradient_tile(channels, tokens, out.dtype, common["PRECISION"], norm is not None, device.shared_memory)
     tiles = -(-channels // tile.chunk) * -(-tokens // tile.tokens)
     splits = pixel_splits(pixels, tiles * batch, device.multiprocessors, tile.pixels)
     split_pixels = -(-pixels // (splits * tile.pixels)) * tile.pixels
     splits = -(-pixels // split_pixels)
-    target = out if splits == 1 else out.new_empty((splits, *out.shape), dtype=torch.float32)
+    target = out if splits == 1 else scratch(out, (splits, *out.shape), torch.float32)
     arguments = {
         **common,
         "map": map,
         "norm": norm,
-        "scratch_ptr": scratch,
+        "scratch_ptr": weights,
         "out_ptr": target,
         "split_pixels": split_pixels,
         "n_tokens": tokens,

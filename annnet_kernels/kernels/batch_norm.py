@@ -17,8 +17,9 @@ from .batch_norm_kernels import (
     batch_norm_update_kernel,
 )
 from .bn_relu_pool_kernels import bn_relu_sum_parts_kernel
-from .launch import Device, Launch, device_of, run_all
+from .launch import Device, Launch, device_of
 from .operands import chunk_argument, map_argument, pixel_multiple
+from .plans import do_not_repeat, planned, scratch
 from .pyramid_pool import layout_examples
 from .tiles import NORM_MAP_BLOCKS, NormTile, norm_split_pixels, norm_tile
 
@@ -26,10 +27,12 @@ _MERGE_PARTS, _MERGE_CHANNELS, _MERGE_WARPS = 32, 64, 4
 _TABLE_CHANNELS, _TABLE_WARPS = 128, 4
 
 
-def batch_norm_moments(y: Tensor, moments: Tensor) -> None:
-    run_all(plan_moments(y, moments, device_of(y)), y)
+@planned
+def batch_norm_moments(y: Tensor, moments: Tensor) -> list[Launch]:
+    return plan_moments(y, moments, device_of(y))
 
 
+@planned
 def batch_norm_table(
     y: Tensor,
     mean: Tensor,
@@ -39,8 +42,8 @@ def batch_norm_table(
     conv_bias: Tensor | None,
     eps: float,
     table: Tensor,
-) -> None:
-    run_all(plan_table((mean, var, weight, bias, conv_bias), eps, table), y)
+) -> list[Launch]:
+    return plan_table((mean, var, weight, bias, conv_bias), eps, table)
 
 
 def batch_norm_update(
@@ -58,23 +61,43 @@ def batch_norm_update(
     table: Tensor,
 ) -> None:
     dense_mean, dense_var = _contiguous(running_mean), _contiguous(running_var)
-    update = Update(table, _contiguous(weight), _contiguous(bias), _contiguous(conv_bias), dense_mean, dense_var, count)
-    run_all(plan_update(y, moments, update, eps, momentum, calls, device_of(y)), y)
+    _update(y, moments, weight, bias, conv_bias, dense_mean, dense_var, count, (eps, momentum, calls), table)
     for running, dense in ((running_mean, dense_mean), (running_var, dense_var)):
         if running is not None and dense is not None and dense is not running:
             running.copy_(dense)
 
 
-def batch_norm_apply(y: Tensor, norm: Tensor, channel_scale: Tensor | None, relu: bool, out: Tensor) -> None:
-    run_all(plan_map(y, None, norm, channel_scale, relu, out), y)
+@planned
+def _update(
+    y: Tensor,
+    moments: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    conv_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    count: Tensor | None,
+    constants: tuple[float, float | None, int],
+    table: Tensor,
+) -> list[Launch]:
+    weight, bias, conv_bias = map(_contiguous, (weight, bias, conv_bias))
+    update = Update(table, weight, bias, conv_bias, running_mean, running_var, count)
+    return plan_update(y, moments, update, *constants, device_of(y))
 
 
+@planned
+def batch_norm_apply(y: Tensor, norm: Tensor, channel_scale: Tensor | None, relu: bool, out: Tensor) -> list[Launch]:
+    return plan_map(y, None, norm, channel_scale, relu, out)
+
+
+@planned
 def batch_norm_bwd_sums(
     grad_out: Tensor, y: Tensor, norm: Tensor, channel_scale: Tensor | None, relu: bool, sums: Tensor
-) -> None:
-    run_all(plan_sums(y, grad_out, norm, channel_scale, relu, sums, device_of(y)), y)
+) -> list[Launch]:
+    return plan_sums(y, grad_out, norm, channel_scale, relu, sums, device_of(y))
 
 
+@planned
 def batch_norm_bwd_input(
     grad_out: Tensor,
     y: Tensor,
@@ -82,10 +105,10 @@ def batch_norm_bwd_input(
     channel_scale: Tensor | None,
     relu: bool,
     sums: Tensor | None,
-    per_value: float,
+    count: int,
     dy: Tensor,
-) -> None:
-    run_all(plan_map(y, grad_out, norm, channel_scale, relu, dy, sums, per_value), y)
+) -> list[Launch]:
+    return plan_map(y, grad_out, norm, channel_scale, relu, dy, sums, count)
 
 
 class Update(NamedTuple):
@@ -108,7 +131,7 @@ def plan_map(
     relu: bool,
     out: Tensor,
     sums: Tensor | None = None,
-    per_value: float = 1.0,
+    count: int = 1,
 ) -> list[Launch]:
     """out = the normalised map, or the gradient of y where ``grad`` is given."""
     tile = norm_tile(y.stride(1) == 1, y.shape[1])
@@ -118,7 +141,7 @@ def plan_map(
         "norm_ptr": _contiguous(norm),
         "factor_ptr": _contiguous(channel_scale),
         "sums_ptr": _contiguous(sums),
-        "per_value": float(per_value),
+        "per_value": 1.0 / max(count, 1),
         "relu": int(relu),
     }
     return (
@@ -132,6 +155,7 @@ def plan_moments(y: Tensor, moments: Tensor, device: Device) -> list[Launch]:
     """moments (3, C) of y: count, mean and Σ (y − mean)²."""
     if y.numel() == 0:
         moments.zero_()
+        do_not_repeat()
         return []
     nothing = Update(*(None,) * len(Update._fields))
     return _plan_merge(y, moments, nothing, 0.0, 0.0, 0, device)
@@ -214,6 +238,7 @@ def plan_sums(
     """sums = (Σ g, Σ g·ŷ)."""
     if y.numel() == 0:
         sums.zero_()
+        do_not_repeat()
         return []
     launch, parts, _ = _plan_sums(y, grad, norm, channel_scale, relu, 2, device)
     arguments = {
@@ -247,7 +272,7 @@ def _plan_sums(
     arguments |= {
         "norm_ptr": _contiguous(norm),
         "factor_ptr": _contiguous(channel_scale),
-        "partial_ptr": y.new_empty((parts, rows, channels), dtype=torch.float32),
+        "partial_ptr": scratch(y, (parts, rows, channels), torch.float32),
         "relu": int(relu),
     }
     return (

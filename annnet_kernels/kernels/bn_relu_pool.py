@@ -11,7 +11,8 @@ from torch import Tensor
 from ..layouts import empty_map, empty_tokens
 from ..pyramid import POOL_SIZES, num_tokens
 from .bn_relu_pool_kernels import bn_relu_bwd_kernel, bn_relu_sum_parts_kernel
-from .launch import Device, Launch, device_of, run_all
+from .launch import Device, Launch, device_of
+from .plans import planned, scratch
 from .pyramid_pool import (
     LEAST_SPREAD_ROWS,
     layout_examples,
@@ -28,6 +29,7 @@ from .tiles import pool_tile
 _SUM_PARTS, _SUM_SIZE, _SUM_WARPS = 32, 64, 4
 
 
+@planned
 def bn_relu_bwd_sums(
     y: Tensor,
     norm: Tensor,
@@ -36,32 +38,33 @@ def bn_relu_bwd_sums(
     heights: Sequence[int],
     widths: Sequence[int],
     sums: Tensor,
-) -> None:
-    run_all(plan_sums(y, norm, Gradients(grad_tokens, grad_map), heights, widths, sums, device_of(y)), y)
+) -> list[Launch]:
+    return plan_sums(y, norm, Gradients(grad_tokens, grad_map), heights, widths, sums, device_of(y))
 
 
+@planned
 def bn_relu_bwd_input(
     y: Tensor,
     norm: Tensor,
     grad_tokens: Tensor | None,
     grad_map: Tensor | None,
     sums: Tensor | None,
-    per_value: float,
+    count: int,
     heights: Sequence[int],
     widths: Sequence[int],
     dy: Tensor,
-) -> None:
-    gradients = Gradients(grad_tokens, grad_map, sums, per_value)
-    run_all(plan_input(y, norm, gradients, heights, widths, dy, device_of(y)), y)
+) -> list[Launch]:
+    gradients = Gradients(grad_tokens, grad_map, sums, count)
+    return plan_input(y, norm, gradients, heights, widths, dy, device_of(y))
 
 
 class Gradients(NamedTuple):
-    """What the readers of a map hand back, and what batch statistics subtract: Σ g and Σ g·ŷ, times ``per_value``."""
+    """What the readers of a map hand back, and what batch statistics subtract: Σ g and Σ g·ŷ, over ``values`` pixels."""
 
     tokens: Tensor | None
     map: Tensor | None
     sums: Tensor | None = None
-    per_value: float = 1.0
+    values: int = 1
 
 
 def plan_sums(
@@ -122,9 +125,9 @@ def _plan_pass(
         "grad_ptr": gradients.tokens,
         "map_ptr": gradients.map,
         "sums_ptr": gradients.sums,
-        "per_value": float(gradients.per_value),
+        "per_value": 1.0 / max(gradients.values, 1),
         "dy_ptr": dy,
-        "partial_ptr": norm.new_empty((count, 2, y.shape[1])) if dy is None else None,
+        "partial_ptr": scratch(norm, (count, 2, y.shape[1])) if dy is None else None,
         **parts.sizes,
         **stride_arguments("y", y),
         **token_arguments(gradients.tokens, layout),

@@ -1,13 +1,14 @@
 """What a kernel module plans: launches, as data, for a device that need not be there.
 
-The convention of every module in this package: the function an operator calls is ``for launch in plan_...(...):
-launch.run()``, and ``launch_variants(device)`` yields the launches of those same plan functions for meta tensors in
-every dtype, layout and width that gets code of its own. So the compile table (``python -m benchmarks.codegen``) sees
-exactly what a GPU would be given, and restates nothing.
+The convention of every module in this package: the function an operator calls returns what ``plan_...(...)`` plans,
+which ``plans.planned`` runs, and ``launch_variants(device)`` yields the launches of those same plan functions for meta
+tensors in every dtype, layout and width that gets code of its own. So the compile table
+(``python -m benchmarks.codegen``) sees exactly what a GPU would be given, and restates nothing.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -49,8 +50,9 @@ class Launch:
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
-    def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.options)
+    def run(self) -> Any:
+        """Launch it; the compiled kernel that Triton found or made for these arguments."""
+        return self.kernel[self.grid](**self.arguments, **self.options)
 
 
 INTERPRETER = Device(capability=(9, 0), multiprocessors=4)
@@ -70,15 +72,17 @@ def _cuda_device(index: int) -> Device:
     return Device((properties.major, properties.minor), properties.multi_processor_count)
 
 
-def run_all(launches: list[Launch], x: torch.Tensor) -> None:
-    """Run ``launches`` in order on the device of ``x``."""
-    if x.device.type == "cuda":
-        with torch.cuda.device(x.device):
-            for launch in launches:
-                launch.run()
-    else:
-        for launch in launches:
-            launch.run()
+def run_all(launches: list[Launch], x: torch.Tensor) -> list[Any]:
+    """Run ``launches`` in order on the device of ``x``; their compiled kernels."""
+    with on_device_of(x):
+        return [launch.run() for launch in launches]
+
+
+def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Makes the device of ``x`` the current one, which takes a few µs where it is not."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def product_precision(dtype: torch.dtype) -> str:

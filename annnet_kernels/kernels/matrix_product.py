@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import Device, Launch, run_all
+from .launch import Device, Launch
 from .matrix_product_kernels import matrix_product_kernel
+from .plans import planned
 
 _ROWS, _COLUMNS, _DEPTH, _WARPS, _STAGES = 64, 64, 32, 4, 3
 _PRECISION = "tf32x3"
@@ -25,8 +26,9 @@ class Matrix(NamedTuple):
     column_stride: Any
 
 
-def matrix_product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor) -> None:
-    run_all(plan(a, b, out), a)
+@planned
+def matrix_product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor) -> list[Launch]:
+    return plan(a, b, out)
 
 
 def plan(a: Tensor, b: Tensor, out: Tensor) -> list[Launch]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..layouts import empty_map, empty_tokens
 from ..pyramid import POOL_SIZES, num_tokens
-from .launch import Device, Launch, device_of, run_all
+from .launch import Device, Launch, device_of
+from .plans import do_not_repeat, planned, scratch
 from .pool_kernels import pyramid_pool_combine_kernel, pyramid_pool_fwd_kernel
 from .pool_spread_kernels import pyramid_pool_bwd_kernel
 from .tiles import PoolTile, least_pool_rows, pool_cut_cost, pool_split_rows, pool_tile, pool_tile_columns
@@ -20,10 +21,14 @@ LEAST_SPREAD_ROWS = 16
 """Rows of a split that only writes: it has no partial sums, but makes the gradient of its first bins anew."""
 
 
-def pyramid_pool(x: Tensor, norm: Tensor | None, heights: Sequence[int], widths: Sequence[int], out: Tensor) -> None:
-    run_all(plan_forward(x, norm, heights, widths, out, device_of(x)), x)
+@planned
+def pyramid_pool(
+    x: Tensor, norm: Tensor | None, heights: Sequence[int], widths: Sequence[int], out: Tensor
+) -> list[Launch]:
+    return plan_forward(x, norm, heights, widths, out, device_of(x))
 
 
+@planned
 def pyramid_pool_bwd(
     grad: Tensor,
     addend: Tensor | None,
@@ -32,10 +37,11 @@ def pyramid_pool_bwd(
     widths: Sequence[int],
     channels_last: bool,
     dx: Tensor,
-) -> None:
+) -> list[Launch]:
     if addend is not None and addend is not dx:
         dx.copy_(addend)
-    run_all(plan_backward(grad, heights, widths, dx, device_of(grad), adds=addend is not None), grad)
+        do_not_repeat()
+    return plan_backward(grad, heights, widths, dx, device_of(grad), adds=addend is not None)
 
 
 class Layout(NamedTuple):
@@ -138,7 +144,7 @@ def plan_forward(
     levels = levels_argument(heights, widths)
     slots = sum((h + parts.splits - 1) * (w + parts.tiles - 1) for h, w in zip(heights, widths, strict=True))
     cut = parts.splits > 1 or parts.tiles > 1
-    partial = x.new_empty((x.shape[0], slots, x.shape[1]) if cut else (0,), dtype=torch.float32)
+    partial = scratch(x, (x.shape[0], slots, x.shape[1]) if cut else (0,), torch.float32)
     arguments = {
         "x_ptr": x,
         "norm_ptr": None if norm is None else norm.contiguous(),

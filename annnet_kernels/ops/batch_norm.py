@@ -93,11 +93,11 @@ register(
     reference=reference.batch_norm_bwd_sums_out,
     triton_module="batch_norm",
 )
-# sums (2, C) are those above, of all maps that share statistics; per_value is 1 / the number of their pixels. Without
-# sums the statistics are frozen.
+# sums (2, C) are those above, of all maps that share statistics; count is the number of their pixels. Without sums
+# the statistics are frozen.
 register(
     "batch_norm_bwd_input(Tensor grad_out, Tensor y, Tensor norm, Tensor? channel_scale, bool relu,"
-    " Tensor? sums, float per_value, str? backend) -> Tensor",
+    " Tensor? sums, SymInt count, str? backend) -> Tensor",
     allocate=_allocate_bwd_input,
     reference=reference.batch_norm_bwd_input_out,
     triton_module="batch_norm",

@@ -38,10 +38,10 @@ register(
     reference=reference.bn_relu_bwd_sums_out,
     triton_module="bn_relu_pool",
 )
-# sums (2, C) are those above, of all maps that share statistics; per_value is 1 / the number of their pixels. Without
-# sums the statistics are frozen.
+# sums (2, C) are those above, of all maps that share statistics; count is the number of their pixels. Without sums
+# the statistics are frozen.
 register(
-    "bn_relu_bwd_input(Tensor y, Tensor norm, Tensor? grad_tokens, Tensor? grad_map, Tensor? sums, float per_value,"
+    "bn_relu_bwd_input(Tensor y, Tensor norm, Tensor? grad_tokens, Tensor? grad_map, Tensor? sums, SymInt count,"
     " int[] heights, int[] widths, str? backend) -> Tensor",
     allocate=_allocate_input,
     reference=reference.bn_relu_bwd_input_out,

@@ -4,7 +4,7 @@ Each Function takes the raw map y and the table of z = (y − mean) · invstd ·
 through batch statistics: one pass over y for their sums, one that writes dy once. The table gets no gradient: what
 would flow through mean and invstd is part of dy, and weight and bias, the parameters in it, get theirs directly.
 ``cancelled`` are biases ahead of the norm, which batch statistics cancel; their gradient is zero, not absent, so that
-optimizers and DDP see it.
+optimizers and DDP see it. (Each is a parameter of its own, since torch.compile traces no ``*args`` here.)
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class Share(NamedTuple):
     samples: int | Tensor | None
     group: Any
 
-    def of_batch(self, sums: Tensor) -> tuple[Tensor | None, float]:
-        """The sums that the backward of batch statistics subtracts, and their factor; None where they are frozen."""
+    def of_batch(self, sums: Tensor) -> tuple[Tensor | None, int]:
+        """The sums whose means the backward of batch statistics subtracts, and their count; None: it is frozen."""
         if self.samples is None:
-            return None, 1.0
+            return None, 1
         if self.group is not None:
             sums = sums.clone()
             dist.all_reduce(sums, group=self.group)
         if isinstance(self.samples, Tensor):
-            return sums / self.samples, 1.0
-        return sums, 1.0 / max(self.samples, 1)
+            return sums / self.samples, 1
+        return sums, self.samples
 
 
 class Levels(NamedTuple):
@@ -95,16 +95,15 @@ class NormalizedPool(torch.autograd.Function):
         share: Share,
         levels: Levels,
         backend: str | None,
-        *cancelled: Tensor | None,
+        cancelled: Tensor | None,
     ) -> Tensor:
         tokens: Tensor = torch.ops.annnet.pyramid_pool(y, table, *levels)
         return tokens
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        y, table, weight, bias, *others = inputs
-        ctx.constants, cancelled = others[:3], others[3:]
-        ctx.parameters = Parameters.of(weight, bias, cancelled)
+        y, table, weight, bias, *ctx.constants, cancelled = inputs
+        ctx.parameters = Parameters.of(weight, bias, (cancelled,))
         ctx.save_for_backward(y, table)
 
     @staticmethod
@@ -136,12 +135,12 @@ class NormalizedAttention(torch.autograd.Function):
         share: Share,
         levels: Levels,
         backend: str | None,
-        *cancelled: Tensor | None,
+        cancelled: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         pooled = None if key is not None else torch.ops.annnet.pyramid_pool(y, table, *levels)
         operands = y, table, pooled if key is None else key, value
         scale = y.shape[1] ** -0.5
-        if skip is not None and not (exporting() or is_traced()):
+        if skip is not None and not (exporting() or is_traced() or skip._is_view()):  # a batch of 0 is a view
             logsumexp, _ = torch.ops.annnet.asymmetric_attention_(*operands, skip, constant, scale, False)
             return skip, logsumexp, pooled
         out, logsumexp, _ = torch.ops.annnet.asymmetric_attention(*operands, skip, constant, scale, False)
@@ -149,9 +148,8 @@ class NormalizedAttention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        y, table, weight, bias, key, value, skip, _, *others = inputs
-        ctx.constants, cancelled = others[:3], others[3:]
-        ctx.parameters = Parameters.of(weight, bias, cancelled)
+        y, table, weight, bias, key, value, skip, _, *ctx.constants, cancelled = inputs
+        ctx.parameters = Parameters.of(weight, bias, (cancelled,))
         ctx.shared = key is None
         out, logsumexp, pooled = output
         if out is skip:
@@ -215,7 +213,10 @@ def map_backward(
 
 
 class NormalizedTail(torch.autograd.Function):
-    """channel_scale · relu(z), or without ReLU; ``channel_scale`` (B, C) is what Dropout2d multiplies by."""
+    """channel_scale · relu(z), or without ReLU; ``channel_scale`` (B, C) is what Dropout2d multiplies by.
+
+    The biases of a block whose tail uses batch statistics are cancelled here, all of them.
+    """
 
     @staticmethod
     def forward(
@@ -227,7 +228,11 @@ class NormalizedTail(torch.autograd.Function):
         relu: bool,
         share: Share,
         backend: str | None,
-        *cancelled: Tensor | None,
+        key_bias: Tensor | None,
+        query_bias: Tensor | None,
+        value_bias: Tensor | None,
+        out_bias: Tensor | None,
+        join_bias: Tensor | None,
     ) -> Tensor:
         out: Tensor = torch.ops.annnet.batch_norm_apply(y, table, channel_scale, relu)
         return out

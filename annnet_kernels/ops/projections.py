@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..layouts import is_channels_last
+from .functions import is_traced
 from .matrix_product import launches
 from .normalized import Gradients, Levels
 
@@ -121,8 +122,8 @@ def _pooling_backward(
     if grad is None or levels is None:
         return before
     constants = list(x.shape[2:]), *levels, is_channels_last(x), backend
-    if before is None:
+    if before is None or is_traced():  # torch.vmap, over many gradients at a time, serves nothing written in place
         spread: Tensor = torch.ops.annnet.pyramid_pool_bwd(grad, None, *constants)
-        return spread
+        return spread if before is None else before + spread
     torch.ops.annnet.pyramid_pool_bwd_(grad, before, *constants)
     return before

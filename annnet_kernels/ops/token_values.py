@@ -68,21 +68,26 @@ def _cheapest(sizes: tuple[int, ...], first: int) -> tuple[int, Order]:
 
 
 class TokenValues(torch.autograd.Function):
-    """tokens (B, C, T), weights (C_1, C), (C_2, C_1), … → (B, C_n, T) in ``dtype``; sums in float32 at least.
+    """tokens (B, C, T), weights (C_v, C), (C_o, C_v) and, if given, (C_out, C_o) → (B, C_out, T) in ``dtype``.
 
-    The products on the way are outputs, too, because the backward pass needs them.
+    Sums are float32 at least, and so are the products on the way.
+
+    These are outputs, too, because the backward pass needs them.
     """
 
     @staticmethod
-    def forward(tokens: Tensor, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        tokens: Tensor, dtype: torch.dtype, value_weight: Tensor, out_weight: Tensor, context_weight: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        weights = _present(value_weight, out_weight, context_weight)
         leaves = _leaves(tokens, weights)
         values, made = multiply(order_of(leaves[0], weights), leaves, dtype)
         return _tokens_of(values, tokens), *made
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        tokens, _, *weights = inputs
-        made = output[1:]
+        tokens, _, *given = inputs
+        weights, made = _present(*given), output[1:]
         ctx.mark_non_differentiable(*made)
         ctx.set_materialize_grads(False)
         ctx.number = len(weights)
@@ -94,12 +99,13 @@ class TokenValues(torch.autograd.Function):
         tokens, *others = ctx.saved_tensors
         weights, made = others[: ctx.number], others[ctx.number :]
         if grad is None:
-            return (None,) * (2 + len(weights))
+            return (None,) * 5
         needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
         leaves = _leaves(tokens, weights)
         drows, *dweights = chain_gradients(order_of(leaves[0], weights), leaves, made, needed, _rows_of(grad))
         dtokens = None if drows is None else _tokens_of(drows, tokens)
-        return dtokens, None, *(None if g is None else g.view_as(w) for g, w in zip(dweights, weights, strict=True))
+        shaped = [None if g is None else g.view_as(w) for g, w in zip(dweights, weights, strict=True)]
+        return dtokens, None, *shaped, *(None,) * (3 - len(shaped))
 
 
 def chain_gradients(
@@ -129,6 +135,10 @@ def chain_gradients(
             else:
                 gradients[side] = matrix_product(a, b, leaves[0].dtype if side == 0 else wide)
     return [gradients.get(number) for number in range(len(leaves))]
+
+
+def _present(*weights: Tensor | None) -> list[Tensor]:
+    return [weight for weight in weights if weight is not None]
 
 
 def _leaves(tokens: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:

@@ -91,13 +91,13 @@ def batch_norm_bwd_input_out(
     channel_scale: Tensor | None,
     relu: bool,
     sums: Tensor | None,
-    per_value: float,
+    count: int,
     dy: Tensor,
 ) -> None:
     normal = _centred(y, norm)
     g = _gradient_of_normalised(grad_out, normal, norm, channel_scale, relu)
     if sums is not None:
-        mean_g, mean_gy = sums * per_value
+        mean_g, mean_gy = sums / count
         g = g - _per_channel(mean_g) - normal * _per_channel(mean_gy)
     _, invstd, weight, _ = norm
     dy.copy_(g * _per_channel(weight * invstd))

@@ -30,13 +30,13 @@ def bn_relu_bwd_input_out(
     grad_tokens: Tensor | None,
     grad_map: Tensor | None,
     sums: Tensor | None,
-    per_value: float,
+    count: int,
     heights: Sequence[int],
     widths: Sequence[int],
     dy: Tensor,
 ) -> None:
     grad = _gradient_of_finished(y, norm, grad_tokens, grad_map, heights, widths)
-    batch_norm_bwd_input_out(grad, y, norm, None, True, sums, per_value, dy)
+    batch_norm_bwd_input_out(grad, y, norm, None, True, sums, count, dy)
 
 
 def _gradient_of_finished(

@@ -89,7 +89,7 @@ void bn_relu_bwd_sums(const at::Tensor& y, const at::Tensor& norm, const MaybeTe
 }
 
 void bn_relu_bwd_input(const at::Tensor& y, const at::Tensor& norm, const MaybeTensor& grad_tokens,
-                       const MaybeTensor& grad_map, const MaybeTensor& sums, double per_value,
+                       const MaybeTensor& grad_map, const MaybeTensor& sums, int64_t count,
                        at::IntArrayRef heights, at::IntArrayRef widths, at::Tensor& dy) {
   check_gradients(y, grad_tokens, grad_map, heights, widths);
   const NormTable table = norm_of(norm, y);
@@ -101,7 +101,7 @@ void bn_relu_bwd_input(const at::Tensor& y, const at::Tensor& norm, const MaybeT
   }
   if (y.numel() == 0) return;
   BnReluProblem problem(y, table, grad_tokens, grad_map, heights, widths);
-  const at::Tensor means = sums ? sums->mul(per_value).contiguous() : at::Tensor();
+  const at::Tensor means = sums ? sums->div(count).contiguous() : at::Tensor();
   problem.gradient.mean_sums = sums ? means.const_data_ptr() : nullptr;
   problem.gradient.dy = map_of(dy, problem.lines);
   const BnReluPoolKernels& level = kernels().bn_relu_pool;

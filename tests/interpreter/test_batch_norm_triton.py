@@ -116,13 +116,13 @@ def test_the_relu_lets_nan_pass_and_holds_back_infinite_gradients(layout):
     sums = ops.batch_norm_bwd_sums(grad, *operands, None)
     torch.testing.assert_close(sums[0], passed.sum((0, 2, 3)), atol=1e-4, rtol=1e-5)
     assert sums[1].isnan().all()
-    torch.testing.assert_close(ops.batch_norm_bwd_input(grad, *operands, None, 1.0, None), passed)
+    torch.testing.assert_close(ops.batch_norm_bwd_input(grad, *operands, None, 1, None), passed)
 
 
 def test_frozen_statistics_keep_infinite_pixels_to_themselves():
     y, grad = (random_map((1, 3, 5, 7), torch.float32, device=DEVICE) for _ in range(2))
     y[0, 0, 1, 1] = -torch.inf
-    dy = ops.batch_norm_bwd_input(grad, y, torch.ones(4, 3, device=DEVICE), None, False, None, 1.0, None)
+    dy = ops.batch_norm_bwd_input(grad, y, torch.ones(4, 3, device=DEVICE), None, False, None, 1, None)
     torch.testing.assert_close(dy, grad)
 
 
@@ -146,4 +146,4 @@ def test_batch_of_none():
     assert not ops.batch_norm_moments(y).any()
     assert ops.batch_norm_apply(*operands).shape == y.shape
     assert not ops.batch_norm_bwd_sums(y, *operands, None).any()
-    assert ops.batch_norm_bwd_input(y, *operands, torch.zeros(2, 3, device=DEVICE), 1.0, None).shape == y.shape
+    assert ops.batch_norm_bwd_input(y, *operands, torch.zeros(2, 3, device=DEVICE), 1, None).shape == y.shape

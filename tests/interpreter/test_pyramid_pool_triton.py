@@ -164,7 +164,9 @@ def test_bytes(shape, dtype, layout):
     with counted_bytes() as forward:
         tokens = torch.ops.annnet.pyramid_pool(x, None, SIZES, SIZES)
     with counted_bytes() as backward:
-        torch.ops.annnet.pyramid_pool_bwd(grad, None, list(shape[2:]), SIZES, SIZES, layout == "channels_last", "triton")
+        torch.ops.annnet.pyramid_pool_bwd(
+            grad, None, list(shape[2:]), SIZES, SIZES, layout == "channels_last", "triton"
+        )
     ratios = {
         "forward loads": forward["load"] / size,
         "forward stores": forward["store"] / size,
@@ -192,7 +194,7 @@ def test_bytes_of_rectified(layout, with_map):
     with counted_bytes() as sums:
         operators.bn_relu_bwd_sums(y, norm, *gradients, SIZES, SIZES, "triton")
     with counted_bytes() as backward:
-        operators.bn_relu_bwd_input(y, norm, *gradients, means, 1.0, SIZES, SIZES, "triton")
+        operators.bn_relu_bwd_input(y, norm, *gradients, means, 1, SIZES, SIZES, "triton")
     loads = [count["load"] / size for count in (forward, sums, backward)]
     stores = [count["store"] / size for count in (forward, sums, backward)]
     print(layout, with_map, "loads", [round(x, 3) for x in loads], "stores", [round(x, 3) for x in stores])
@@ -322,7 +324,7 @@ def test_rectifying_keeps_nan():
     tokens = torch.ops.annnet.pyramid_pool(y, norm, [1], [1])
     assert torch.equal(tokens.isnan().flatten().cpu(), torch.tensor([False, True, False, False]))
     grad = torch.ones_like(y)
-    dy = torch.ops.annnet.bn_relu_bwd_input(y, norm, None, grad, None, 1.0, [1], [1], "triton")
+    dy = torch.ops.annnet.bn_relu_bwd_input(y, norm, None, grad, None, 1, [1], [1], "triton")
     assert dy[0, 1, 4, 4] == norm[1][1] * norm[2][1]
 
 
@@ -331,4 +333,4 @@ def test_rectified_batch_of_none():
     assert torch.ops.annnet.pyramid_pool(y, norm, SIZES, SIZES).shape == (0, 4, 110)
     sums = torch.ops.annnet.bn_relu_bwd_sums(y, norm, None, y, SIZES, SIZES, "triton")
     assert torch.equal(sums.cpu(), torch.zeros(2, 4))
-    assert torch.ops.annnet.bn_relu_bwd_input(y, norm, None, y, sums, 1.0, SIZES, SIZES, "triton").shape == y.shape
+    assert torch.ops.annnet.bn_relu_bwd_input(y, norm, None, y, sums, 1, SIZES, SIZES, "triton").shape == y.shape

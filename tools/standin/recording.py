@@ -139,6 +139,9 @@ class _NotCompiled:
     def run(self, *_: Any) -> None:
         return None
 
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.run
+
 
 def _watch_compiler(recorder: Recorder) -> None:
     from triton.runtime.jit import JITFunction
@@ -164,17 +167,31 @@ def _cpu_seconds() -> float:
 
 
 def _watch_launches(recorder: Recorder) -> None:
+    """Those of calls that are planned, and those of calls whose plan is known."""
     from annnet_kernels.kernels.launch import Launch
+    from annnet_kernels.kernels.plans import Prepared
 
-    run = Launch.run
+    run, prepare, repeat = Launch.run, Prepared.__init__, Prepared.run
 
-    def watched(self: Launch) -> None:
-        signature = {name: _described(value) for name, value in self.arguments.items()}
-        name, grid = self.kernel.__name__, tuple(self.grid)
-        recorder.launches.append(Launched(name, grid, self.num_warps, self.num_stages, signature))
-        run(self)
+    def described(launch: Launch) -> Launched:
+        signature = {name: _described(value) for name, value in launch.arguments.items()}
+        return Launched(launch.kernel.__name__, tuple(launch.grid), launch.num_warps, launch.num_stages, signature)
+
+    def watched(self: Launch) -> Any:
+        recorder.launches.append(described(self))
+        return run(self)
+
+    def prepared(self: Prepared, launch: Launch, *others: Any) -> None:
+        prepare(self, launch, *others)
+        vars(self)["launched"] = described(launch)
+
+    def repeated(self: Prepared, tensors: Any) -> None:
+        recorder.launches.append(vars(self)["launched"])
+        repeat(self, tensors)
 
     Launch.run = watched  # type: ignore[method-assign]
+    Prepared.__init__ = prepared  # type: ignore[method-assign, assignment]
+    Prepared.run = repeated  # type: ignore[method-assign]
 
 
 def _described(value: Any) -> str:
