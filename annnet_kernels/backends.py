@@ -114,7 +114,8 @@ def _has_triton() -> bool:
 
 
 @cache
-def _triton_version() -> tuple[int, ...]:
+def triton_version() -> tuple[int, ...]:
+    """Major and minor number of the Triton that is installed."""
     return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
 
 
@@ -143,8 +144,8 @@ def why_not(
         return f"there are no Triton kernels for {operator} yet"
     if not _has_triton():
         return "the package triton is not installed"
-    if _triton_version() < MIN_TRITON_VERSION:
-        found, needed = (".".join(map(str, version)) for version in (_triton_version(), MIN_TRITON_VERSION))
+    if triton_version() < MIN_TRITON_VERSION:
+        found, needed = (".".join(map(str, version)) for version in (triton_version(), MIN_TRITON_VERSION))
         return f"the kernels need Triton {needed} or newer, this is {found}"
     if dtype == torch.float64:
         return "the Triton kernels accumulate in float32, not in float64"

@@ -20,6 +20,7 @@ from .functional import asymmetric_attention, pyramid_pool
 from .ops import NormalizedAttention, NormalizedPool, NormalizedTail
 from .ops.functions import apply
 from .ops.normalized import Levels, Share
+from .ops.registration import steps
 from .tracers import exporting
 
 FUSABLE_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -101,7 +102,7 @@ def frozen_norm(norm: Any, y: Tensor, shift: Shift) -> Norm:
     """What ``norm`` does to ``y``, plus the shift that was left out of it, by its running statistics."""
     mean, var = _running_statistics(norm)
     with torch.no_grad():
-        table = torch.ops.annnet.batch_norm_table(y, mean, var, norm.weight, norm.bias, shift.value, norm.eps)
+        table = steps.batch_norm_table(y, mean, var, norm.weight, norm.bias, shift.value, norm.eps)
     return Norm(table, norm.weight, norm.bias, Share(None, None))
 
 
@@ -116,7 +117,7 @@ def batch_norm(norm: Any, y: Tensor, sums: Tensor | None, shift: Shift, calls: i
         tracked = norm.training and norm.track_running_stats
         mean, var = _running_statistics(norm) if tracked else (None, None)
         count = norm.num_batches_tracked if tracked else None
-        table = torch.ops.annnet.batch_norm_update(
+        table = steps.batch_norm_update(
             y, moments, weight, bias, shift.value, mean, var, count, norm.eps, norm.momentum, calls
         )
     return Norm(table, weight, bias, Share(samples, group), shift.biases)
@@ -142,7 +143,7 @@ def shared_by(norm: nn.Module) -> Any:
 def sums_of(y: Tensor) -> Tensor:
     """(2C + 1) in float64: how many values a channel has, their sums and sums of squares. They add up over maps."""
     with torch.no_grad():
-        count, mean, deviation = torch.ops.annnet.batch_norm_moments(y).unbind()
+        count, mean, deviation = steps.batch_norm_moments(y).unbind()
         sums = count * mean
         return torch.cat([count[:1], sums, deviation + sums * mean])
 
@@ -203,7 +204,7 @@ def apply_tail(map: FeatureMap, relu: bool, scale: Tensor | None) -> Tensor:
     assert norm is not None
     scale = None if scale is None else scale.to(norm.table.dtype)
     if not (torch.is_grad_enabled() or exporting()):  # an exported program writes nothing in place
-        torch.ops.annnet.batch_norm_apply_(y, norm.table, scale, relu)
+        steps.batch_norm_apply_(y, norm.table, scale, relu)
         return y
     constants = relu, norm.share, requested_backend()
     out: Tensor = apply(NormalizedTail, y, norm.table, norm.weight, norm.bias, scale, *constants, *norm.biases(5))

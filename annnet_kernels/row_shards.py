@@ -41,6 +41,7 @@ from .normalization import (
 )
 from .ops.functions import apply
 from .ops.normalized import Gradients, Levels, NormalizedAttention, Parameters, Share, present, skip_gradients
+from .ops.registration import steps
 from .pyramid import bin_edges, num_tokens
 
 
@@ -169,8 +170,8 @@ class ShardedTokens(torch.autograd.Function):
         groups_of_four = [norms[i : i + 4] for i in range(0, len(norms), 4)]
         ctx.parameters = [Parameters.of(weight, bias, (shift,)) for _, weight, bias, shift in groups_of_four]
         ctx.save_for_backward(low, key_y, query_y, *norms[::4])
-        ops, sizes = torch.ops.annnet, band.row_sizes
-        lines = ops.pyramid_pool(low, None, *sizes), ops.pyramid_pool(key_y, norms[0], *sizes)
+        sizes = band.row_sizes
+        lines = steps.pyramid_pool(low, None, *sizes), steps.pyramid_pool(key_y, norms[0], *sizes)
         wide = torch.promote_types(torch.promote_types(low.dtype, key_y.dtype), torch.float32)
         tokens = band.add_rows(torch.cat([x.transpose(1, 2).to(wide) for x in lines], dim=2))
         message, groups = [tokens], [group]
@@ -188,24 +189,24 @@ class ShardedTokens(torch.autograd.Function):
     def backward(ctx: Any, grad_low: Tensor, grad_keys: Tensor, grad_query: Tensor, *_: Any) -> Gradients:
         shares, band, group, backend = ctx.constants
         low, key_y, query_y, *tables = ctx.saved_tensors
-        ops, sizes = torch.ops.annnet, band.row_sizes
+        sizes = band.row_sizes
         tokens = torch.cat([x.transpose(1, 2).to(grad_low.dtype) for x in (grad_low, grad_keys)], dim=2)
         lines = band.spread(*add_up([tokens], [group]))
         low_lines, key_lines = (x.transpose(1, 2) for x in lines.split([low.shape[1], key_y.shape[1]], dim=2))
         dlow = None
         if ctx.needs_input_grad[0]:
-            dlow = ops.pyramid_pool_bwd(
+            dlow = steps.pyramid_pool_bwd(
                 low_lines.to(low.dtype), None, low.shape[2:], *sizes, is_channels_last(low), backend
             )
         readers = [(key_y, tables[0], key_lines.to(key_y.dtype), grad_query if query_y is None else None)]
         if query_y is not None:
             readers.append((query_y, tables[1], None, grad_query))
-        sums = [ops.bn_relu_bwd_sums(*reader, *sizes, backend) for reader in readers]
+        sums = [steps.bn_relu_bwd_sums(*reader, *sizes, backend) for reader in readers]
         totals = add_up(sums, [share.group for share in shares])
         dys, dnorms = [], []
         for i, (reader, share) in enumerate(zip(readers, shares, strict=True)):
             of_batch = Share(share.samples, None).of_batch(totals[i])
-            dys.append(ops.bn_relu_bwd_input(*reader, *of_batch, *sizes, backend))
+            dys.append(steps.bn_relu_bwd_input(*reader, *of_batch, *sizes, backend))
             parameters = ctx.parameters[i]
             dnorms += [None, *parameters.gradients(sums[i]), *parameters.zeros(sums[i])]
         dquery = dys[1] if query_y is not None else None
@@ -221,7 +222,7 @@ class RectifiedAttention(NormalizedAttention):
         y, table, key, value, logsumexp = ctx.saved_tensors
         grad = present(grad, y, value)
         needs = [ctx.needs_input_grad[i] for i in (0, 4, 5)]
-        gradients = torch.ops.annnet.asymmetric_attention_bwd(
+        gradients = steps.asymmetric_attention_bwd(
             grad, y, table, key, value, logsumexp, y.shape[1] ** -0.5, needs, ctx.constants[-1]
         )
         dz, dkey, dvalue = (g if needed else None for g, needed in zip(gradients, needs, strict=True))

@@ -141,7 +141,7 @@ def test_reasons_against_triton(monkeypatch):
     monkeypatch.setattr(backends, "_capability", lambda index: (9, 0))
     assert backends.why_not("triton", "pyramid_pool", cuda, torch.float32) is None
     assert "float64" in backends.why_not("triton", "pyramid_pool", cuda, torch.float64)
-    monkeypatch.setattr(backends, "_triton_version", lambda: (3, 5))
+    monkeypatch.setattr(backends, "triton_version", lambda: (3, 5))
     assert "need Triton 3.6 or newer, this is 3.5" in backends.why_not("triton", "pyramid_pool", cuda, torch.float32)
     monkeypatch.setattr(backends, "_has_triton", lambda: False)
     assert "not installed" in backends.why_not("triton", "pyramid_pool", cuda, torch.float32)

@@ -35,6 +35,15 @@ def calls(layout, dtype=torch.float32):
     return {
         "pyramid_pool": (query, None, *LEVELS),
         "pyramid_pool_bwd": (tokens(CK), None, [H, W], *LEVELS, layout == "channels_last", None),
+        "pyramid_pool_bwd_": (
+            tokens(CK),
+            random_map((B, CK, H, W), dtype, dense(layout)),
+            [H, W],
+            *LEVELS,
+            layout == "channels_last",
+            None,
+        ),
+        "matrix_product": (torch.randn(5, CK, dtype=dtype), torch.randn(CV, CK, dtype=dtype).t(), dtype),
         "bn_relu_bwd_sums": (y, norm, tokens(CK), a_map(CK), *LEVELS, None),
         "bn_relu_bwd_input": (y, norm, tokens(CK), None, sums, 10, *LEVELS, None),
         "asymmetric_attention": (query, None, tokens(CK), tokens(CV), None, None, 0.7, False),

@@ -58,7 +58,7 @@ def test_a_missing_extension_is_named_with_its_reason(monkeypatch):
 
 def test_a_gpu_that_is_too_old_is_named_with_its_capability(monkeypatch):
     monkeypatch.setattr(backends, "_has_triton", lambda: True)
-    monkeypatch.setattr(backends, "_triton_version", lambda: backends.MIN_TRITON_VERSION)
+    monkeypatch.setattr(backends, "triton_version", lambda: backends.MIN_TRITON_VERSION)
     monkeypatch.setattr(backends, "_capability", lambda _: (7, 5))
     backend, against = info.served_by("pyramid_pool", torch.device("cuda", 0), torch.float16)
     assert backend == "reference"

@@ -59,7 +59,7 @@ def bn_relu_bwd_input(
 
 
 class Gradients(NamedTuple):
-    """What the readers of a map hand back, and what batch statistics subtract: Σ g and Σ g·ŷ, over ``values`` pixels."""
+    """What the readers of a map hand back, and what batch statistics subtract: Σ g and Σ g·ŷ of ``values`` pixels."""
 
     tokens: Tensor | None
     map: Tensor | None

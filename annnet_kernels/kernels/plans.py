@@ -15,14 +15,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
-from ..backends import interpreting
+from ..backends import interpreting, triton_version
 from .launch import Launch, on_device_of, run_all
 
 MOST_PLANS = 1024
 """Plans are kept for so many kinds of calls; the oldest goes first."""
 
-_plans: dict[Any, Plan] = {}
+_INTERPRETING = interpreting()
+_KNOWN_LAUNCHER = (3, 6) <= triton_version() < (3, 9)
+"""Whether the launcher of a compiled kernel is one whose arguments are known; others are launched as users do it."""
+
+_plans: dict[Any, Any] = {}
+_SHARING = object()
+"""In the place of a plan: what it is depends on which arguments are one tensor."""
 
 
 class _Planning(threading.local):
@@ -58,21 +66,33 @@ def planned(plan: Callable[..., list[Launch]]) -> Callable[..., None]:
     @wraps(plan)
     def run(*arguments: Any) -> None:
         first: Tensor = arguments[0]
-        if interpreting():
+        if _INTERPRETING:
             run_all(plan(*arguments), first)
             return
-        key = (plan, first.device, *map(_kind_of, arguments), _shared(arguments))
+        key: Any = (plan, first.device, *map(_kind_of, arguments))
         known = _plans.get(key)
+        if known is _SHARING:
+            key = key, _shared(arguments)
+            known = _plans.get(key)
         if known is not None:
             known.run(arguments)
             return
         made = _plan_and_run(plan, arguments)
-        if made is not None:
-            while len(_plans) >= MOST_PLANS:
-                _plans.pop(next(iter(_plans)), None)
-            _plans[key] = made
+        if made is None:
+            return
+        shared = _shared(arguments)
+        if shared is not None and not isinstance(key[-1], _Shared):
+            _keep(key, _SHARING)
+            key = key, shared
+        _keep(key, made)
 
     return run
+
+
+def _keep(key: Any, plan: Any) -> None:
+    while len(_plans) >= MOST_PLANS:
+        _plans.pop(next(iter(_plans)), None)
+    _plans[key] = plan
 
 
 def _kind_of(argument: Any) -> Any:
@@ -82,10 +102,17 @@ def _kind_of(argument: Any) -> Any:
     return tuple(argument) if isinstance(argument, list) else argument
 
 
-def _shared(arguments: Sequence[Any]) -> tuple[int, ...] | None:
-    """Which arguments are one tensor, as an output written in place is its operand."""
+class _Shared(tuple[int, ...]):
+    """For each tensor, which is the first that is the same."""
+
+
+def _shared(arguments: Sequence[Any]) -> _Shared | None:
+    """Which arguments are one tensor, as an output written in place is its operand; None where all differ.
+
+    A plan made where all differ serves every call: each place is filled from its own argument.
+    """
     identities = [id(x) for x in arguments if isinstance(x, Tensor)]
-    return None if len(set(identities)) == len(identities) else tuple(map(identities.index, identities))
+    return None if len(set(identities)) == len(identities) else _Shared(map(identities.index, identities))
 
 
 def _plan_and_run(plan: Callable[..., list[Launch]], arguments: Sequence[Any]) -> Plan | None:
@@ -138,8 +165,14 @@ class Plan:
         first: Tensor = arguments[0]
         tensors = [*arguments, *(first.new_empty(shape, dtype=dtype) for shape, dtype in self._memory)]
         with on_device_of(first):
+            stream = driver.active.get_current_stream(driver.active.get_current_device())
             for launch in self._launches:
-                launch.run(tensors)
+                launch.run(tensors, stream)
+
+
+def _listens(hook: Any) -> bool:
+    """Whether one of Triton's hooks has somebody to call."""
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 class Prepared:
@@ -161,7 +194,7 @@ class Prepared:
                     self._tuples.append((index, fields))
                     self._values[index] = [None if isinstance(field, Tensor) else field for field in value]
 
-    def run(self, tensors: Sequence[Any]) -> None:
+    def run(self, tensors: Sequence[Any], stream: int) -> None:
         """Launch it, with ``tensors`` by their places."""
         values = self._values.copy()
         for index, place in self._tensors:
@@ -171,4 +204,10 @@ class Prepared:
             for i, place in fields:
                 filled[i] = tensors[place]
             values[index] = tuple(filled)
-        self._kernel[self._grid](*values)
+        if _KNOWN_LAUNCHER and not (
+            _listens(knobs.runtime.launch_enter_hook) or _listens(knobs.runtime.launch_exit_hook)
+        ):
+            kernel = self._kernel
+            kernel.run(*self._grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *values)
+        else:
+            self._kernel[self._grid](*values)

@@ -23,7 +23,7 @@ from .. import reference
 from ..backends import requested_backend
 from ..layouts import empty_map, empty_tokens, is_channels_last
 from .functions import apply
-from .registration import register, shared_by_maps
+from .registration import register, shared_by_maps, steps
 
 
 def _allocate(
@@ -189,7 +189,7 @@ class AsymmetricAttention(torch.autograd.Function):
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, scale: float, backend: str | None) -> tuple[Tensor, Tensor]:
         operands = query, None, key, value, None, None, scale, False
-        out, logsumexp, _ = torch.ops.annnet.asymmetric_attention(*operands)
+        out, logsumexp, _ = steps.asymmetric_attention(*operands)
         return out, logsumexp
 
     @staticmethod
@@ -226,7 +226,7 @@ class AsymmetricAttentionBackward(torch.autograd.Function):
         needs: list[bool],
         backend: str | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dquery, dkey, dvalue = torch.ops.annnet.asymmetric_attention_bwd(
+        dquery, dkey, dvalue = steps.asymmetric_attention_bwd(
             grad_out, query, None, key, value, logsumexp, scale, needs, backend
         )
         return dquery, dkey, dvalue

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ..tracers import exporting
 from .functions import is_traced
+from .registration import steps
 
 Gradients = tuple[Any, ...]
 
@@ -97,7 +98,7 @@ class NormalizedPool(torch.autograd.Function):
         backend: str | None,
         cancelled: Tensor | None,
     ) -> Tensor:
-        tokens: Tensor = torch.ops.annnet.pyramid_pool(y, table, *levels)
+        tokens: Tensor = steps.pyramid_pool(y, table, *levels)
         return tokens
 
     @staticmethod
@@ -137,13 +138,13 @@ class NormalizedAttention(torch.autograd.Function):
         backend: str | None,
         cancelled: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        pooled = None if key is not None else torch.ops.annnet.pyramid_pool(y, table, *levels)
+        pooled = None if key is not None else steps.pyramid_pool(y, table, *levels)
         operands = y, table, pooled if key is None else key, value
         scale = y.shape[1] ** -0.5
         if skip is not None and not (exporting() or is_traced() or skip._is_view()):  # a batch of 0 is a view
-            logsumexp, _ = torch.ops.annnet.asymmetric_attention_(*operands, skip, constant, scale, False)
+            logsumexp, _ = steps.asymmetric_attention_(*operands, skip, constant, scale, False)
             return skip, logsumexp, pooled
-        out, logsumexp, _ = torch.ops.annnet.asymmetric_attention(*operands, skip, constant, scale, False)
+        out, logsumexp, _ = steps.asymmetric_attention(*operands, skip, constant, scale, False)
         return out, logsumexp, pooled
 
     @staticmethod
@@ -166,7 +167,7 @@ class NormalizedAttention(torch.autograd.Function):
         grad = present(grad, y, value)
         needs_y = any(ctx.needs_input_grad[i] for i in (0, 2, 3))
         needs = [needs_y, (ctx.shared and needs_y) or ctx.needs_input_grad[4], ctx.needs_input_grad[5]]
-        dz, dkey, dvalue = torch.ops.annnet.asymmetric_attention_bwd(
+        dz, dkey, dvalue = steps.asymmetric_attention_bwd(
             grad, y, table, key, value, logsumexp, y.shape[1] ** -0.5, needs, ctx.constants[-1]
         )
         dy, of_norm = None, (None, None)
@@ -206,9 +207,8 @@ def map_backward(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """dy, and Σ g and Σ g·ŷ, where the gradient of relu(z) is ``grad_map`` plus the spread ``grad_tokens``."""
-    bwd = torch.ops.annnet
-    sums = bwd.bn_relu_bwd_sums(y, table, grad_tokens, grad_map, *levels, backend)
-    dy = bwd.bn_relu_bwd_input(y, table, grad_tokens, grad_map, *share.of_batch(sums), *levels, backend)
+    sums = steps.bn_relu_bwd_sums(y, table, grad_tokens, grad_map, *levels, backend)
+    dy = steps.bn_relu_bwd_input(y, table, grad_tokens, grad_map, *share.of_batch(sums), *levels, backend)
     return dy, sums
 
 
@@ -234,7 +234,7 @@ class NormalizedTail(torch.autograd.Function):
         out_bias: Tensor | None,
         join_bias: Tensor | None,
     ) -> Tensor:
-        out: Tensor = torch.ops.annnet.batch_norm_apply(y, table, channel_scale, relu)
+        out: Tensor = steps.batch_norm_apply(y, table, channel_scale, relu)
         return out
 
     @staticmethod
@@ -247,8 +247,8 @@ class NormalizedTail(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Gradients:
         saved, parameters = ctx.saved_tensors, ctx.parameters
-        sums = torch.ops.annnet.batch_norm_bwd_sums(grad, *saved, ctx.relu, ctx.backend)
+        sums = steps.batch_norm_bwd_sums(grad, *saved, ctx.relu, ctx.backend)
         of_batch = ctx.share.of_batch(sums)
-        dy = torch.ops.annnet.batch_norm_bwd_input(grad, *saved, ctx.relu, *of_batch, ctx.backend)
+        dy = steps.batch_norm_bwd_input(grad, *saved, ctx.relu, *of_batch, ctx.backend)
         # table; channel_scale, relu, share, backend
         return dy, None, *parameters.gradients(sums), None, None, None, None, *parameters.zeros(sums)

@@ -23,6 +23,7 @@ from ..layouts import is_channels_last
 from .functions import is_traced
 from .matrix_product import launches
 from .normalized import Gradients, Levels
+from .registration import steps
 
 
 class Projections(torch.autograd.Function):
@@ -46,7 +47,7 @@ class Projections(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         read = high if low is None else low
         return (
-            None if levels is None else torch.ops.annnet.pyramid_pool(read, None, *levels),
+            None if levels is None else steps.pyramid_pool(read, None, *levels),
             None if key_weight is None else F.conv2d(read, key_weight, key_bias),
             None if query_weight is None else F.conv2d(high, query_weight, query_bias),
             None if skip_weight is None else F.conv2d(high, skip_weight),
@@ -123,7 +124,7 @@ def _pooling_backward(
         return before
     constants = list(x.shape[2:]), *levels, is_channels_last(x), backend
     if before is None or is_traced():  # torch.vmap, over many gradients at a time, serves nothing written in place
-        spread: Tensor = torch.ops.annnet.pyramid_pool_bwd(grad, None, *constants)
+        spread: Tensor = steps.pyramid_pool_bwd(grad, None, *constants)
         return spread if before is None else before + spread
-    torch.ops.annnet.pyramid_pool_bwd_(grad, before, *constants)
+    steps.pyramid_pool_bwd_(grad, before, *constants)
     return before

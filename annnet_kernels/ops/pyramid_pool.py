@@ -19,7 +19,7 @@ from ..backends import requested_backend
 from ..layouts import empty_map, empty_tokens, is_channels_last
 from ..pyramid import num_tokens
 from .functions import apply
-from .registration import register, shared_by_maps
+from .registration import register, shared_by_maps, steps
 
 
 def _allocate(x: Tensor, norm: Tensor | None, heights: Sequence[int], widths: Sequence[int]) -> Tensor:
@@ -97,7 +97,7 @@ class PyramidPool(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, heights: list[int], widths: list[int], backend: str | None) -> Tensor:
-        pooled: Tensor = torch.ops.annnet.pyramid_pool(x, None, heights, widths)
+        pooled: Tensor = steps.pyramid_pool(x, None, heights, widths)
         return pooled
 
     @staticmethod
@@ -127,7 +127,7 @@ class PyramidPoolBackward(torch.autograd.Function):
         channels_last: bool,
         backend: str | None,
     ) -> Tensor:
-        dx: Tensor = torch.ops.annnet.pyramid_pool_bwd(grad, None, map_size, heights, widths, channels_last, backend)
+        dx: Tensor = steps.pyramid_pool_bwd(grad, None, map_size, heights, widths, channels_last, backend)
         return dx
 
     @staticmethod

@@ -27,6 +27,44 @@ TRITON_MODULES: dict[str, str] = {}
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
+class _Steps:
+    """The operators, as the Functions of this package call them; each has the name of its operator."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        raise AttributeError(f"there is no operator {NAMESPACE}::{name}")
+
+
+steps: Any = _Steps()
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), int, bool, float, list}
+
+
+def _step(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+    """A call of ``operator`` from inside a Function, where gradients are off.
+
+    PyTorch's dispatcher takes about 50 µs for an operator written in Python, several times what the rest of a call
+    takes, and as long as some kernels. Where nobody listens (no mode, transform, tracer or profiler, no tensor of
+    another class), the call goes straight to the implementation.
+    """
+
+    def call(*arguments: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._autograd._profiler_enabled()
+            or torch._C._get_tracing_state() is not None
+        ):
+            return operator(*arguments)
+        for x in arguments:
+            if type(x) not in _PLAIN and isinstance(x, torch.Tensor):
+                return operator(*arguments)
+        return run(*arguments)
+
+    return call
+
+
 def register(
     schema: str,
     *,
@@ -59,6 +97,7 @@ def register(
     operator_name = schema.split("(", 1)[0]
     name = operator_name.removesuffix("_")
     takes_backend = "str? backend" in schema
+    has_triton = triton_module is not None
     if triton_module is not None:
         TRITON_MODULES[name] = triton_module
     LIBRARY.define(schema, tags=_TAGS)
@@ -72,18 +111,22 @@ def register(
         with no_autocast(arguments[0].device.type):  # it says itself what it rounds
             reference(*arguments)
 
+    implementations: dict[str, Callable[..., None]] = {"reference": uncast_reference}
+
+    def implementation(backend: str) -> Callable[..., None]:
+        if backend not in implementations:
+            if backend == "triton":
+                module = importlib.import_module(f"annnet_kernels.kernels.{TRITON_MODULES[name]}")
+                implementations[backend] = getattr(module, name)
+            else:
+                implementations[backend] = getattr(torch.ops.annnet_native, name).default
+        return implementations[backend]
+
     def run(*arguments: Any) -> Any:
         *operands, requested = arguments if takes_backend else (*arguments, requested_backend())
         first: torch.Tensor = operands[0]
         outputs = allocate(*arguments)
-        chosen = choose_backend(name, first.device, first.dtype, requested, has_triton=name in TRITON_MODULES)
-        fill: Callable[..., None]
-        if chosen == "triton":
-            fill = getattr(importlib.import_module(f"annnet_kernels.kernels.{TRITON_MODULES[name]}"), name)
-        elif chosen == "native":
-            fill = getattr(torch.ops.annnet_native, name).default
-        else:
-            fill = uncast_reference
+        fill = implementation(choose_backend(name, first.device, first.dtype, requested, has_triton=has_triton))
         filled = outputs if isinstance(outputs, tuple) else () if outputs is None else (outputs,)
         fill(*operands, *(filled if written is None else (operands[written], *filled)))
         for index in mutated:  # below autograd nothing counts it
@@ -92,6 +135,7 @@ def register(
         return outputs
 
     LIBRARY.impl(operator_name, run, "CompositeExplicitAutograd")
+    setattr(steps, operator_name, _step(operator, run))
     torch.library.register_fake(f"{NAMESPACE}::{operator_name}", allocate, lib=LIBRARY)
     if vmap is not None:
         torch.library.register_vmap(f"{NAMESPACE}::{operator_name}", vmap, lib=LIBRARY)

@@ -22,7 +22,7 @@ from ..backends import requested_backend
 from ..layouts import empty_map, is_channels_last
 from ..reference import upsampled as reference
 from .functions import apply
-from .registration import register
+from .registration import register, steps
 
 
 def _accumulator(logits: Tensor) -> torch.dtype:
@@ -184,7 +184,7 @@ class UpsampledCrossEntropy(torch.autograd.Function):
         gradient: bool,
         backend: str | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        losses, sums, unit_gradient = torch.ops.annnet.upsampled_cross_entropy(
+        losses, sums, unit_gradient = steps.upsampled_cross_entropy(
             logits, target, weight, ignore_index, label_smoothing, align_corners, per_pixel, gradient
         )
         return losses, sums, unit_gradient
@@ -236,7 +236,7 @@ class UpsampledCrossEntropyBackward(torch.autograd.Function):
             upstream = upstream[:, 0, None, None]
         if unit_gradient is not None:
             return (unit_gradient * upstream[:, None]).to(logits.dtype)
-        dlogits: Tensor = torch.ops.annnet.upsampled_cross_entropy_bwd(
+        dlogits: Tensor = steps.upsampled_cross_entropy_bwd(
             logits, target, weight, upstream.expand(target.shape), ignore_index, label_smoothing, align_corners, backend
         )
         return dlogits

@@ -185,9 +185,9 @@ def _watch_launches(recorder: Recorder) -> None:
         prepare(self, launch, *others)
         vars(self)["launched"] = described(launch)
 
-    def repeated(self: Prepared, tensors: Any) -> None:
+    def repeated(self: Prepared, tensors: Any, stream: int) -> None:
         recorder.launches.append(vars(self)["launched"])
-        repeat(self, tensors)
+        repeat(self, tensors, stream)
 
     Launch.run = watched  # type: ignore[method-assign]
     Prepared.__init__ = prepared  # type: ignore[method-assign, assignment]

@@ -1,0 +1,49 @@
+"""The Triton kernel of the products of weights and tokens: dtypes in and out, strides, sizes that no tile divides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_as_accurate_as_plain
+
+import annnet_kernels as ak
+from annnet_kernels.backends import interpreting
+
+DEVICE = "cpu" if interpreting() else "cuda"
+SEEDS = 3 if interpreting() else 5
+SIZES = [(110, 64, 19), (1, 1, 1), (65, 33, 130), (64, 256, 64)]
+"""Rows, depth, columns."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_accuracy(size, dtype, transposed):
+    """A product of a 16-bit matrix with float32 weights, either way round, written in both dtypes."""
+    rows, depth, columns = size
+
+    def draw(m, n, dtype):
+        x = torch.randn((n, m) if transposed else (m, n), device=DEVICE).to(dtype)
+        return x.t() if transposed else x
+
+    def run(seed):
+        narrow, wide = draw(rows, depth, dtype), draw(depth, columns, torch.float32)
+        with ak.use_backend("triton"):
+            ours = {
+                "narrow": torch.ops.annnet.matrix_product(narrow, wide, dtype),
+                "wide": torch.ops.annnet.matrix_product(wide.t(), narrow.t(), torch.float32),
+            }
+        plain = torch.mm(narrow.float(), wide)
+        truth = torch.mm(narrow.double(), wide.double())
+        return ours, {"narrow": plain.to(dtype), "wide": plain.t()}, {"narrow": truth, "wide": truth.t()}
+
+    assert_as_accurate_as_plain(run, dtype, seeds=SEEDS)
+    assert ak.last_backend("matrix_product") == "triton"
+
+
+def test_nothing():
+    with ak.use_backend("triton"):
+        product = torch.ops.annnet.matrix_product(
+            torch.ones(0, 3, device=DEVICE), torch.ones(3, 4, device=DEVICE), torch.float32
+        )
+    assert product.shape == (0, 4)
