@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from .autocast import no_autocast
 from .ops.functions import apply
-from .ops.token_values import TokenValues, cheapest_order, multiply
-from .reference.operators import accumulator_of
+from .ops.matrix_products import WIDE, matrix_products
+from .ops.token_values import TokenValues, cheapest_order, program_of
 
 
 class Projection(NamedTuple):
@@ -75,27 +75,21 @@ def weights_of(parts: Parts) -> Weights:
     return Weights(parts.value.weight, parts.out.weight, context, high)
 
 
-def token_values(weights: Weights, pooled: Tensor, dtype: torch.dtype) -> Tensor:
-    """U, (B, C_out, T) in ``dtype``: pooled features (B, C_l, T) carried through every later projection.
+def token_values(weights: Weights, pooled: Tensor) -> Tensor:
+    """U, (B, C_out, T) in the dtype of the tokens: pooled features (B, C_l, T) carried through every later projection.
 
     The rows are few (110 per image), so the products are small; they are made in float32 at least, whatever the
     autocast, and in the order that takes the fewest operations at the actual batch.
     """
-    values: Tensor = apply(TokenValues, pooled, dtype, *weights[:3])[0]
+    values: Tensor = apply(TokenValues, pooled, *weights[:3])[0]
     return values
 
 
 def token_matrix(weights: Weights) -> Tensor:
     """(C_l, C_out): what maps a pooled row to its token; float32 at least."""
-    chain = _chain_of(weights)
-    matrices = [weight.view(weight.shape[:2]).t() for weight in chain]
+    matrices = [weight.view(weight.shape[:2]).t() for weight in weights[:3] if weight is not None]
     order = cheapest_order((matrices[0].shape[0], *(matrix.shape[1] for matrix in matrices)))
-    return multiply(order, matrices, accumulator_of(*(weight.dtype for weight in chain)))[0]
-
-
-def _chain_of(weights: Weights) -> list[Tensor]:
-    """W_v, W and, with a bottleneck, W_1."""
-    return [weight for weight in weights[:3] if weight is not None]
+    return matrix_products(matrices, program_of(order, len(matrices), like=WIDE))[-1]
 
 
 class Biases(NamedTuple):

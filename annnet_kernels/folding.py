@@ -29,7 +29,7 @@ from .autocast import no_autocast
 from .collapse import Parts, biases_of, constant_of, token_matrix, weights_of
 from .forward import WHOLE, Cut, Whole, block_forward, collapsed_forward
 from .normalization import FUSABLE_NORMS, Norm, Shift, uses_batch_statistics
-from .ops.matrix_product import matrix_product
+from .ops.matrix_products import Program, matrix_products
 from .requirements import HOOKS, LASTING, ONCE_GATHERED, TO_COLLAPSE, parts_to_collapse, why_not, why_plain
 from .structures import OddStructure
 from .tracers import jit_tracing
@@ -44,10 +44,11 @@ class FoldedBlock(NamedTuple):
     relu: bool
     cancelled: tuple[Tensor, ...] = ()
 
-    def values(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    def values(self, tokens: Tensor) -> Tensor:
         """The pooled features times M."""
         batch, _, count = tokens.shape
-        rows = matrix_product(tokens.transpose(1, 2).flatten(0, 1), self.token_matrix, dtype)
+        operands = tokens.transpose(1, 2).reshape(batch * count, -1), self.token_matrix
+        (rows,) = matrix_products(operands, Program([0], [1], like=[0]))
         return rows.view(batch, count, rows.shape[1]).transpose(1, 2)
 
     def finish(self, out: Tensor, cut: Cut, scale: Tensor | None) -> Tensor:

@@ -69,8 +69,8 @@ class Linear(Protocol):
     def cancelled(self) -> Sequence[Tensor]:
         """Biases whose gradient of zero the tail returns."""
 
-    def values(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """U, (B, C_out, T)."""
+    def values(self, tokens: Tensor) -> Tensor:
+        """U, (B, C_out, T), in the dtype of the tokens."""
 
     def finish(self, out: Tensor, cut: Cut, scale: Tensor | None) -> Tensor:
         """What follows the bottleneck."""
@@ -97,7 +97,7 @@ def block_forward(
     With ``recompute`` the map ahead of the tail is not kept for the backward pass but made again there.
     """
     read = cut.read(parts, linear, low, high)
-    values = linear.values(read.tokens, read.query.data.dtype)
+    values = linear.values(read.tokens).to(read.query.data.dtype)  # as wide as queries that PyTorch's norm finished
     out = cut.attend(read, values, linear.constant, parts)
     if not recompute or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return linear.finish(out, cut, read.scale)
@@ -155,9 +155,9 @@ class Collapsed(NamedTuple):
         """All that batch statistics cancel in a block whose tail uses them, in the tail's one tensor of zeros."""
         return self.shift.biases
 
-    def values(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    def values(self, tokens: Tensor) -> Tensor:
         """The collapse itself."""
-        return token_values(self.weights, tokens, dtype)
+        return token_values(self.weights, tokens)
 
     def finish(self, out: Tensor, cut: Cut, scale: Tensor | None) -> Tensor:
         """Norm, activation and dropout."""

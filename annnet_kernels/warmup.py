@@ -15,7 +15,7 @@ _LAUNCH_MODULES = (
     "bn_relu_pool",
     "asymmetric_attention",
     "batch_norm",
-    "matrix_product",
+    "matrix_products",
     "upsampled_cross_entropy",
 )
 
@@ -35,7 +35,7 @@ def warmup(
         dtypes: float32, bfloat16, float16.
         device: a CUDA device; None means the current one.
         operators: some of ``"pyramid_pool"``, ``"bn_relu_pool"``, ``"asymmetric_attention"``, ``"batch_norm"``,
-            ``"matrix_product"``, ``"upsampled_cross_entropy"`` (argmax included).
+            ``"matrix_products"``, ``"upsampled_cross_entropy"`` (argmax included).
 
     Returns:
         How many launches are now ready (several can share a variant).

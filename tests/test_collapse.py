@@ -11,14 +11,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import annnet_kernels as ak
 from annnet_kernels import native
-from annnet_kernels.ops.token_values import cheapest_order, multiply
+from annnet_kernels.ops.matrix_products import matrix_products
+from annnet_kernels.ops.token_values import cheapest_order, program_of
 
 
 @pytest.mark.parametrize("sizes", [(110, 64, 16, 32, 32), (880, 64, 16, 32, 32), (3, 5), (2, 9, 4)], ids=str)
 def test_chain_takes_the_fewest_operations(sizes: tuple[int, ...]) -> None:
     matrices = [torch.randn(m, n) for m, n in pairwise(sizes)]
     with FlopCounterMode(display=False) as ours:
-        product, _ = multiply(cheapest_order(sizes), matrices, torch.float32)
+        program = program_of(cheapest_order(sizes), len(matrices), like=0)
+        product = [*matrices, *matrix_products(matrices, program)][-1]
     with FlopCounterMode(display=False) as plain:
         expected = torch.linalg.multi_dot(matrices) if len(matrices) > 1 else matrices[0]
     assert ours.get_total_flops() == plain.get_total_flops()

@@ -23,7 +23,6 @@ from tools import standin
 recorder = standin.install("record")
 import annnet_kernels as ak
 from annnet_kernels.kernels import plans
-from annnet_kernels.ops import matrix_product
 torch.set_num_threads(1)
 ops = torch.ops.annnet
 sizes = [1, 3, 6, 8], [1, 3, 6, 8]
@@ -79,7 +78,7 @@ def draw():
         lambda: ops.asymmetric_attention(x, norm, tokens, tokens, None, norm[0], 0.5, False),
         lambda: ops.batch_norm_apply(x, norm, None, True),
         lambda: ops.batch_norm_update(x, None, *norm[:2], None, *norm[2:], None, 1e-5, 0.1, 1),
-        lambda: ops.matrix_product(tokens[0], norm.t()[:channels, :3] if channels <= 4 else tokens[0].t(), dtype),
+        lambda: ops.matrix_products([tokens[0], norm], [0, 2], [~0, ~2], [0, -1]),
     ))
 hits = 0
 for _ in range(1000):
@@ -102,7 +101,7 @@ def test_every_call_gets_its_own_tensors():
 for repeat in range(3):
     a, b = torch.empty(5, 4), torch.empty(4, 6)
     out = []
-    (values,) = addresses(lambda: out.append(ops.matrix_product(a, b, torch.float32)))
+    (values,) = addresses(lambda: out.extend(ops.matrix_products([a, b], [0], [1], [-1])))
     values = values[9:]  # behind grid, stream, function, metadata and hooks
     assert values[0][0] is a and values[1][0] is b and values[2] is out[0]
 x = [torch.empty(1, 8, 12, 12) for _ in range(3)]
@@ -119,7 +118,7 @@ def test_plans_are_bounded_and_threads_share_them():
 plans.MOST_PLANS = 20
 def work():
     for n in range(1, 200):
-        ops.matrix_product(torch.empty(n % 50 + 1, 4), torch.empty(4, 3), torch.float32)
+        ops.matrix_products([torch.empty(n % 50 + 1, 4), torch.empty(4, 3)], [0], [1], [-1])
 threads = [threading.Thread(target=work) for _ in range(4)]
 [t.start() for t in threads]
 [t.join() for t in threads]

@@ -2,7 +2,7 @@
 
 from . import batch_norm, bn_relu_pool
 from .asymmetric_attention import AsymmetricAttention
-from .matrix_product import matrix_product
+from .matrix_products import matrix_products
 from .normalized import NormalizedAttention, NormalizedPool, NormalizedTail
 from .projections import Projections
 from .pyramid_pool import PyramidPool
@@ -20,5 +20,5 @@ __all__ = [
     "UpsampledCrossEntropy",
     "batch_norm",
     "bn_relu_pool",
-    "matrix_product",
+    "matrix_products",
 ]

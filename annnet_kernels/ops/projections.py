@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ..layouts import is_channels_last
 from .functions import is_traced
-from .matrix_product import launches
+from .matrix_products import launches
 from .normalized import Gradients, Levels
 from .registration import steps
 
@@ -56,6 +56,8 @@ class Projections(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         low, high, key_weight, _, query_weight, _, skip_weight, ctx.levels, ctx.backend = inputs
+        pooled = high if low is None else low
+        ctx.pooled_size, ctx.channels_last = list(pooled.shape[2:]), is_channels_last(pooled)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(low, high, key_weight, query_weight, skip_weight)
 
@@ -69,7 +71,7 @@ class Projections(torch.autograd.Function):
         skip = _convolution_backward(dskip, high, skip_weight, query.map, (of_high, *needs_skip))
         read, of_read, before = (high, of_high, skip.map) if low is None else (low, of_low, None)
         key = _convolution_backward(dkey, read, key_weight, before, (of_read, *needs_key))
-        dread = _pooling_backward(dtokens, read, key.map, ctx.levels, ctx.backend) if of_read else None
+        dread = _pooling_backward(ctx, dtokens, key.map) if of_read else None
         dlow, dhigh = (None, dread) if low is None else (dread, skip.map)
         return dlow, dhigh, key.weight, key.bias, query.weight, query.bias, skip.weight, None, None
 
@@ -116,13 +118,11 @@ def _is_matrix(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _pooling_backward(
-    grad: Tensor | None, x: Tensor, before: Tensor | None, levels: Levels | None, backend: str | None
-) -> Tensor | None:
-    """The gradient of x, added to ``before``, in place."""
-    if grad is None or levels is None:
+def _pooling_backward(ctx: Any, grad: Tensor | None, before: Tensor | None) -> Tensor | None:
+    """The gradient of the pooled map, added to ``before``, in place."""
+    if grad is None or ctx.levels is None:
         return before
-    constants = list(x.shape[2:]), *levels, is_channels_last(x), backend
+    constants = ctx.pooled_size, *ctx.levels, ctx.channels_last, ctx.backend
     if before is None or is_traced():  # torch.vmap, over many gradients at a time, serves nothing written in place
         spread: Tensor = steps.pyramid_pool_bwd(grad, None, *constants)
         return spread if before is None else before + spread

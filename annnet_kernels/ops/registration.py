@@ -8,11 +8,11 @@ an output is decided in one place, whichever implementation runs.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 from ..autocast import no_autocast
 from ..backends import choose_backend, requested_backend
@@ -53,6 +53,7 @@ def _step(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
             or torch.is_grad_enabled()
             or torch._C._len_torch_dispatch_stack() > 0
             or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
             or torch._C._autograd._profiler_enabled()
             or torch._C._get_tracing_state() is not None
         ):
@@ -103,12 +104,13 @@ def register(
     LIBRARY.define(schema, tags=_TAGS)
     operator = getattr(getattr(torch.ops, NAMESPACE), operator_name).default
 
+    returns_list = "-> Tensor[]" in schema
     mutated = [
         i for i, a in enumerate(operator._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
     ]
 
     def uncast_reference(*arguments: Any) -> None:
-        with no_autocast(arguments[0].device.type):  # it says itself what it rounds
+        with no_autocast(next(_tensors_of(arguments)).device.type):  # it says itself what it rounds
             reference(*arguments)
 
     implementations: dict[str, Callable[..., None]] = {"reference": uncast_reference}
@@ -124,10 +126,10 @@ def register(
 
     def run(*arguments: Any) -> Any:
         *operands, requested = arguments if takes_backend else (*arguments, requested_backend())
-        first: torch.Tensor = operands[0]
+        first: torch.Tensor = operands[0][0] if isinstance(operands[0], list) else operands[0]
         outputs = allocate(*arguments)
         fill = implementation(choose_backend(name, first.device, first.dtype, requested, has_triton=has_triton))
-        filled = outputs if isinstance(outputs, tuple) else () if outputs is None else (outputs,)
+        filled = outputs if isinstance(outputs, (tuple, list)) else () if outputs is None else (outputs,)
         fill(*operands, *(filled if written is None else (operands[written], *filled)))
         for index in mutated:  # below autograd nothing counts it
             if operands[index] is not None and not operands[index].is_inference():
@@ -148,8 +150,13 @@ def register(
             return below_autograd(*arguments)
         outputs = NotImplemented if differentiable is None else differentiable(*arguments)
         if outputs is NotImplemented:
-            results = _WithoutDerivative.apply(below_autograd, operator_name, written, *arguments)
+            within_lists = list(_tensors_of(a for a in arguments if isinstance(a, (list, tuple))))
+            results = _WithoutDerivative.apply(
+                below_autograd, operator_name, written, len(arguments), *arguments, *within_lists
+            )
             outputs = results if written is None else results[:-1]
+            if returns_list:
+                return list(outputs)
             return outputs if len(outputs) > 1 else outputs[0]
         return outputs
 
@@ -175,14 +182,24 @@ def shared_by_maps(operator_name: str, **dims: int | None) -> None:
             )
 
 
+def _tensors_of(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Those that are arguments, and those in lists that are."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from _tensors_of(argument)
+
+
 class _WithoutDerivative(torch.autograd.Function):
     """Lets the steps run where gradients are recorded, as an exported block does, and refuses only their backward."""
 
     @staticmethod
-    def forward(ctx: Any, call: Callable[..., Any], name: str, written: int | None, *arguments: Any) -> Any:
+    def forward(ctx: Any, call: Callable[..., Any], name: str, written: int | None, count: int, *arguments: Any) -> Any:
+        """Calls with the first ``count`` arguments; the others are the tensors in lists, for autograd to see."""
         ctx.name = name
-        result = call(*arguments)
-        outputs = result if isinstance(result, tuple) else (result,)
+        result = call(*arguments[:count])
+        outputs = tuple(result) if isinstance(result, (tuple, list)) else (result,)
         if written is None:
             return outputs
         ctx.mark_dirty(arguments[written])
@@ -198,8 +215,8 @@ class _WithoutDerivative(torch.autograd.Function):
 
 def _needs_autograd(name: str, arguments: tuple[Any, ...]) -> bool:
     """Whether a bare operator must record a gradient; torch.func transforms are refused, forward mode with them."""
-    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-    tangent = any(unpack_dual(t).tangent is not None for t in tensors)
+    tensors = list(_tensors_of(arguments))
+    tangent = any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if (tangent or recorded) and torch._C._are_functorch_transforms_active():
         raise NotImplementedError(

@@ -10,23 +10,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..reference.operators import accumulator_of
 from .functions import is_traced
-from .matrix_product import matrix_product
+from .matrix_products import WIDE, Program, matrix_products
 from .normalized import Gradients
 
 Order = Any
 """How a chain of matrices is multiplied: the number of one of them, or a pair of orders."""
 
 
-def multiply(order: Order, matrices: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """The product in ``dtype``, and the products on the way to it, as ``_steps`` lists them."""
-    products: dict[Order, Tensor] = dict(enumerate(matrices))
+def program_of(order: Order, count: int, like: int) -> Program:
+    """The products of ``order`` over ``count`` matrices, wide on the way; the last has the dtype of matrix ``like``."""
     steps = _steps(order)
-    wide = accumulator_of(*(matrix.dtype for matrix in matrices))
-    for step in steps:
-        products[step] = matrix_product(products[step[0]], products[step[1]], dtype if step == order else wide)
-    return products[order], [products[step] for step in steps[:-1]]
+    numbers: dict[Order, int] = {**{i: i for i in range(count)}, **{step: count + i for i, step in enumerate(steps)}}
+    left, right = ([numbers[step[side]] for step in steps] for side in (0, 1))
+    return Program(left, right, [like if step == order else WIDE for step in steps])
 
 
 def _steps(order: Order) -> list[Order]:
@@ -68,7 +65,7 @@ def _cheapest(sizes: tuple[int, ...], first: int) -> tuple[int, Order]:
 
 
 class TokenValues(torch.autograd.Function):
-    """tokens (B, C, T), weights (C_v, C), (C_o, C_v) and, if given, (C_out, C_o) → (B, C_out, T) in ``dtype``.
+    """tokens (B, C, T), weights (C_v, C), (C_o, C_v) and, if given, (C_out, C_o) → (B, C_out, T).
 
     Sums are float32 at least, and so are the products on the way.
 
@@ -77,16 +74,16 @@ class TokenValues(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        tokens: Tensor, dtype: torch.dtype, value_weight: Tensor, out_weight: Tensor, context_weight: Tensor | None
+        tokens: Tensor, value_weight: Tensor, out_weight: Tensor, context_weight: Tensor | None
     ) -> tuple[Tensor, ...]:
         weights = _present(value_weight, out_weight, context_weight)
         leaves = _leaves(tokens, weights)
-        values, made = multiply(order_of(leaves[0], weights), leaves, dtype)
+        *made, values = matrix_products(leaves, program_of(order_of(leaves[0], weights), len(leaves), like=0))
         return _tokens_of(values, tokens), *made
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        tokens, _, *given = inputs
+        tokens, *given = inputs
         weights, made = _present(*given), output[1:]
         ctx.mark_non_differentiable(*made)
         ctx.set_materialize_grads(False)
@@ -99,26 +96,38 @@ class TokenValues(torch.autograd.Function):
         tokens, *others = ctx.saved_tensors
         weights, made = others[: ctx.number], others[ctx.number :]
         if grad is None:
-            return (None,) * 5
-        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
+            return (None,) * 4
+        needed = ctx.needs_input_grad
         leaves = _leaves(tokens, weights)
         drows, *dweights = chain_gradients(order_of(leaves[0], weights), leaves, made, needed, _rows_of(grad))
         dtokens = None if drows is None else _tokens_of(drows, tokens)
         shaped = [None if g is None else g.view_as(w) for g, w in zip(dweights, weights, strict=True)]
-        return dtokens, None, *shaped, *(None,) * (3 - len(shaped))
+        return dtokens, *shaped, *(None,) * (3 - len(shaped))
 
 
 def chain_gradients(
     order: Order, leaves: Sequence[Tensor], made: Sequence[Tensor], needed: Sequence[bool], grad: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of rows and weights: leaves are the rows and the transposed weights, ``made`` as multiply() returns it.
+    """Gradients of rows and weights: leaves are the rows and the transposed weights, ``made`` the products on the way.
 
     That of a weight is made as it lies in memory, not transposed.
     """
+    program, places = gradient_program(order, len(leaves), tuple(needed[: len(leaves)]))
+    gradients = matrix_products([*leaves, *made, grad], program) if program.left else []
+    return [None if place is None else gradients[place] for place in places]
+
+
+@cache
+def gradient_program(order: Order, count: int, needed: tuple[bool, ...]) -> tuple[Program, list[int | None]]:
+    """Products that make the gradients of the leaves, from leaves, products on the way, and the gradient of the last.
+
+    Beside the program, which of its products is the gradient of each leaf.
+    """
     steps = _steps(order)
-    products: dict[Order, Tensor] = {**dict(enumerate(leaves)), **dict(zip(steps[:-1], made, strict=True))}
-    wide = accumulator_of(*(leaf.dtype for leaf in leaves))
-    gradients: dict[Order, Tensor] = {order: grad}
+    numbers: dict[Order, int] = {**{i: i for i in range(count)}, **{step: count + i for i, step in enumerate(steps)}}
+    first = count + len(steps)  # the number of the first product; the gradient stands where the last of the steps would
+    gradients: dict[Order, int] = {order: first - 1}
+    program = Program([], [], [])
 
     def reaches(side: Order) -> bool:
         return needed[side] if isinstance(side, int) else any(map(reaches, side))
@@ -126,15 +135,17 @@ def chain_gradients(
     for step in reversed(steps):
         if step not in gradients:
             continue
-        own = gradients.pop(step)
-        for side, a, b in ((step[0], own, products[step[1]].t()), (step[1], products[step[0]].t(), own)):
+        own = gradients[step]
+        for side, a, b in ((step[0], own, ~numbers[step[1]]), (step[1], ~numbers[step[0]], own)):
             if not reaches(side):
                 continue
             if isinstance(side, int) and side > 0:
-                gradients[side] = matrix_product(b.t(), a.t(), leaves[side].dtype)
-            else:
-                gradients[side] = matrix_product(a, b, leaves[0].dtype if side == 0 else wide)
-    return [gradients.get(number) for number in range(len(leaves))]
+                a, b = ~b, ~a  # the transpose of the product
+            gradients[side] = first + len(program.left)
+            program.left.append(a)
+            program.right.append(b)
+            program.like.append(side if isinstance(side, int) else WIDE)
+    return program, [gradients[i] - first if i in gradients else None for i in range(count)]
 
 
 def _present(*weights: Tensor | None) -> list[Tensor]:
@@ -149,6 +160,8 @@ def _leaves(tokens: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
 def _rows_of(tokens: Tensor) -> Tensor:
     """(B, C, T) → (B · T, C), without a copy where tokens are token-major."""
     rows = tokens.transpose(1, 2)
+    if is_traced():
+        return rows.reshape(-1, tokens.shape[1])
     return (rows if rows.is_contiguous() else rows.contiguous()).view(-1, tokens.shape[1])
 
 

@@ -74,9 +74,23 @@ def accumulator_of(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def matrix_product_out(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor) -> None:
-    wide = accumulator_of(a.dtype, b.dtype)
-    out.copy_(torch.mm(a.to(wide), b.to(wide)))
+def matrix_of(matrices: Sequence[Tensor], number: int) -> Tensor:
+    """A matrix by its number, or the transpose of the one whose number is ``~number``."""
+    return matrices[number] if number >= 0 else matrices[~number].t()
+
+
+def matrix_products_out(
+    matrices: Sequence[Tensor],
+    left: Sequence[int],
+    right: Sequence[int],
+    like: Sequence[int],
+    *products: Tensor,
+) -> None:
+    known = [*matrices, *products]
+    for i, j, product in zip(left, right, products, strict=True):
+        a, b = matrix_of(known, i), matrix_of(known, j)
+        wide = accumulator_of(a.dtype, b.dtype)
+        product.copy_(torch.mm(a.to(wide), b.to(wide)))
 
 
 def asymmetric_attention_out(

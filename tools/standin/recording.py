@@ -210,7 +210,7 @@ def _route() -> None:
     from annnet_kernels.ops import projections, registration
 
     # By its path: the package's name is that of the function.
-    matrix_product = importlib.import_module("annnet_kernels.ops.matrix_product")
+    matrix_products = importlib.import_module("annnet_kernels.ops.matrix_products")
 
     cuda = torch.device("cuda", 0)
     namespace: Any = registration
@@ -220,6 +220,6 @@ def _route() -> None:
         return str(choose(operator, cuda, dtype, *rest, **options))
 
     namespace.choose_backend = choose_for_cuda
-    for module in (matrix_product, projections):
+    for module in (matrix_products, projections):
         module.launches = lambda _: True  # type: ignore[attr-defined]
     launch.INTERPRETER = launch.Device(CAPABILITY, MULTIPROCESSORS)  # what a CPU tensor counts as

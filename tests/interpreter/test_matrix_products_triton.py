@@ -29,21 +29,26 @@ def test_accuracy(size, dtype, transposed):
     def run(seed):
         narrow, wide = draw(rows, depth, dtype), draw(depth, columns, torch.float32)
         with ak.use_backend("triton"):
-            ours = {
-                "narrow": torch.ops.annnet.matrix_product(narrow, wide, dtype),
-                "wide": torch.ops.annnet.matrix_product(wide.t(), narrow.t(), torch.float32),
-            }
+            products = torch.ops.annnet.matrix_products([narrow, wide], [0, ~1], [1, ~0], [0, 1])
+        ours = dict(zip(("narrow", "wide"), products, strict=True))
         plain = torch.mm(narrow.float(), wide)
         truth = torch.mm(narrow.double(), wide.double())
         return ours, {"narrow": plain.to(dtype), "wide": plain.t()}, {"narrow": truth, "wide": truth.t()}
 
     assert_as_accurate_as_plain(run, dtype, seeds=SEEDS)
-    assert ak.last_backend("matrix_product") == "triton"
+    assert ak.last_backend("matrix_products") == "triton"
+
+
+def test_products_of_products():
+    a, b, c = (torch.randn(n, m, device=DEVICE) for n, m in ((7, 5), (5, 6), (6, 3)))
+    with ak.use_backend("triton"):
+        ab, abc, square = torch.ops.annnet.matrix_products([a, b, c], [0, 3, ~4], [1, 2, 4], [-1] * 3)
+    for found, expected in ((ab, a @ b), (abc, a @ b @ c), (square, (a @ b @ c).t() @ (a @ b @ c))):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_nothing():
+    a, b = torch.ones(0, 3, device=DEVICE), torch.ones(3, 4, device=DEVICE)
     with ak.use_backend("triton"):
-        product = torch.ops.annnet.matrix_product(
-            torch.ones(0, 3, device=DEVICE), torch.ones(3, 4, device=DEVICE), torch.float32
-        )
+        (product,) = torch.ops.annnet.matrix_products([a, b], [0], [1], [-1])
     assert product.shape == (0, 4)

@@ -1,16 +1,17 @@
-"""Launches of the products of weights and tokens; see ``matrix_product_kernels``."""
+"""Launches of the products of weights and tokens; see ``matrix_products_kernels``."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..reference.operators import matrix_of
 from .launch import Device, Launch
-from .matrix_product_kernels import matrix_product_kernel
+from .matrix_products_kernels import matrix_product_kernel
 from .plans import planned
 
 _ROWS, _COLUMNS, _DEPTH, _WARPS, _STAGES = 64, 64, 32, 4, 3
@@ -26,9 +27,22 @@ class Matrix(NamedTuple):
     column_stride: Any
 
 
+def matrix_products(
+    matrices: Sequence[Tensor],
+    left: Sequence[int],
+    right: Sequence[int],
+    like: Sequence[int],
+    *products: Tensor,
+) -> None:
+    _products(*matrices, *products, tuple(left), tuple(right))
+
+
 @planned
-def matrix_product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor) -> list[Launch]:
-    return plan(a, b, out)
+def _products(*arguments: Any) -> list[Launch]:
+    *known, left, right = arguments
+    targets = known[len(known) - len(left) :]
+    factors = ((matrix_of(known, i), matrix_of(known, j)) for i, j in zip(left, right, strict=True))
+    return [launch for (a, b), out in zip(factors, targets, strict=True) for launch in plan(a, b, out)]
 
 
 def plan(a: Tensor, b: Tensor, out: Tensor) -> list[Launch]:
