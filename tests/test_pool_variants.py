@@ -24,8 +24,8 @@ from benchmarks.codegen import specialise
 
 H100 = Device((9, 0), 132)
 ARCH = 90
-PER_DTYPE = {"forward": 5, "combine": 1, "backward": 8}
-"""Layouts: channels_last and NCHW, each aligned and odd, and strided; gradients are token-major or not."""
+PER_DTYPE = {"forward": 5, "combine": 1, "backward": 12}
+"""Layouts: channels_last and NCHW, each aligned and odd, and strided; gradients are token-major or not, and written or, if so, added."""
 
 
 def keys(launches) -> set[str]:
