@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from fused_pairs import pair  # noqa: F401
 
 from annnet_kernels import backends
 
