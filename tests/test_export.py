@@ -2,12 +2,9 @@
 
 import copy
 import io
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import block_rule
+import fresh
 import pytest
 import torch
 from torch import nn
@@ -137,9 +134,7 @@ def new_process(tmp_path_factory):
         maps = [draw(channels, size) for size in OTHER_SIZES]
         torch.save(maps, folder / f"{name} maps.pt")
         expected[name] = [module(*each).detach() for each in maps]
-    environment = {**os.environ, "PYTHONPATH": str(Path(ak.__file__).parents[1])}
-    command = [sys.executable, "-c", LOAD, str(folder), *expected]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    process = fresh.python(f"import sys; sys.argv = {['', str(folder), *expected]!r}\n{LOAD}")
     assert process.returncode == 0, process.stderr
     found = {name: [out.detach() for out in torch.load(folder / f"{name} results.pt")] for name in expected}
     return expected, found, process.stdout, process.stderr

@@ -2,9 +2,8 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
 import torch.distributed as dist
@@ -305,4 +304,5 @@ def test_importing_the_package_does_not_import_this():
     code = (
         "import sys, annnet_kernels as ak; assert 'annnet_kernels.parallel' not in sys.modules; ak.parallel.shard_rows"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    output = fresh.python(code)
+    assert output.returncode == 0, output.stderr

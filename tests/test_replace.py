@@ -130,7 +130,7 @@ def test_copies_stay_replaced_and_can_be_restored(kind, way):
 def test_compiled_before_or_after(kind):
     model, maps = build(kind)
     expected = call(model.eval(), maps)
-    compiled = torch.compile(model[0], backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model[0], backend="eager", fullgraph=True)  # Dynamo decides which forward it is
     torch.testing.assert_close(compiled(*maps), expected)
     report = ak.replace_blocks(compiled)
     assert list(report.replaced) == ["_orig_mod"]
