@@ -52,6 +52,7 @@ def test_skip_init_and_device(kind):
 
 
 @pytest.mark.tool("nn.Module.compile", "works", "copies of a compiled block included")
+@pytest.mark.parametrize("pair", ["AFNB, own", "APNB, replaced"], indirect=True)
 def test_a_block_compiled_in_place(pair):
     fused, plain, kind = pair
     torch._dynamo.reset()

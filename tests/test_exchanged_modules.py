@@ -225,6 +225,9 @@ DIFFERING = {
 }
 
 
+@pytest.mark.tool(
+    "modules that draw or count, in a projection", "runs plain", "where a pyramid block calls them twice; else as plain"
+)
 @pytest.mark.parametrize("what", DIFFERING)
 def test_what_differs_between_the_two_calls_of_a_shared_projection(pair, what):
     def change(block):
@@ -244,6 +247,7 @@ ATTRIBUTES = {
 }
 
 
+@pytest.mark.tool("attributes of convolutions that contradict their weights", "runs plain", "the weights decide")
 @pytest.mark.parametrize("attribute", ATTRIBUTES)
 def test_an_attribute_that_contradicts_the_weights(pair, attribute):
     """PyTorch computes by the weights."""
