@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from .checkpoint_names import find_blocks
 from .checks import shown
 
-WRAPPERS = ("module.", "_orig_mod.")
-"""What DataParallel and ``torch.compile`` put ahead of a key, or into it where they hold a part of a model."""
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What DataParallel, ``torch.compile``, FSDP and activation checkpointing put ahead of a key, or into it where they
+hold a part of a model."""
 
 _AVERAGED = "n_averaged"
 """Where PyTorch's AveragedModel counts."""

@@ -57,6 +57,7 @@ class Parts(NamedTuple):
     pools: Sequence[nn.AdaptiveAvgPool2d]
     containers: Sequence[nn.Module]
     widths: Sequence[tuple[str, object, nn.Module]] = ()  # attributes that say how many channels a convolution puts out
+    known: Sequence[type[nn.Module]] = ()  # classes in the projections of a block that was compared with its collapse
 
     def is_shared(self) -> bool:
         """Whether queries and keys are one projection, as in an APNB."""

@@ -83,17 +83,24 @@ def asymmetric_attention(query: Tensor, key: Tensor, value: Tensor, scale: float
 def block_forward(parts: Parts, low: Tensor, high: Tensor) -> Tensor:
     """The output of a block, every weight as it is, so that the graph holds it as an initializer.
 
-    The value path runs on the pooled tokens, as in the collapse, and its last bias is added behind the attention, which
-    would round it. The halves of the bottleneck's weight stay together: in a graph they would be computed, and tools
-    that quantise weights look for constant ones.
+    The value path runs on the pooled tokens, as in the collapse, and its biases are added behind the attention: a
+    constant that passed through it would take on how far the runtime's sums of its rows are from 1. The value's bias
+    passes W as one more token, so that W stays one convolution. The halves of the bottleneck's weight stay together: in
+    a graph they would be computed, and tools that quantise weights look for constant ones.
     """
     query = _projected(parts.query, high)
     key = query if parts.is_shared() else _projected(parts.key, low)
     heights, widths = zip(*parts.pool_sizes(), strict=True)
-    pooled = pyramid_pool(low, heights, widths)[:, :, :, None]
-    value = F.conv2d(parts.value(pooled), parts.out.weight)[:, :, :, 0]
     tokens = pyramid_pool(key, heights, widths)
-    out, _ = asymmetric_attention(query, tokens, value, query.shape[1] ** -0.5)
+    count = tokens.shape[2]
+    value = F.conv2d(pyramid_pool(low, heights, widths)[:, :, :, None], parts.value.weight)
+    if parts.value.bias is not None:
+        bias = parts.value.bias.to(value.dtype)[None, :, None, None].expand(value.shape[0], -1, -1, -1)
+        value = torch.cat([value, bias], dim=2)
+    value = F.conv2d(value, parts.out.weight)
+    out, _ = asymmetric_attention(query, tokens, value[:, :, :count, 0], query.shape[1] ** -0.5)
+    if parts.value.bias is not None:
+        out = out + value[:, :, count:]
     if parts.out.bias is not None:
         out = out + parts.out.bias.to(out.dtype)[:, None, None]
     if parts.join is not None:

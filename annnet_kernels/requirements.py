@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -85,6 +86,9 @@ def other_geometry(parts: Parts) -> str | None:
     for conv in _convolutions(parts):
         if (conv.kernel_size, conv.stride, conv.padding, conv.groups) != ((1, 1), (1, 1), (0, 0), 1):
             return f"{_name_of(conv)} is no plain 1 × 1 convolution: {conv.extra_repr()}"
+        weight = None if jit_tracing() else conv._parameters.get("weight")
+        if weight is not None and weight.shape[:2] != (conv.out_channels, conv.in_channels):
+            return f"{_name_of(conv)}({conv.in_channels}, {conv.out_channels}) holds a weight {tuple(weight.shape)}"
     for pool in parts.pools:
         size = pool.output_size
         if size is None or (isinstance(size, tuple) and None in size):
@@ -106,13 +110,17 @@ def unknown_children(parts: Parts) -> str | None:
 def other_widths(parts: Parts) -> str | None:
     """Somebody set an attribute that the published forward reads, and the modules say otherwise."""
     for name, value, conv in parts.widths:
-        if value != conv.out_channels:
-            return f"{name}={value}, where {_name_of(conv)} puts out {conv.out_channels} channels"
+        if not isinstance(value, Real) or value != conv.out_channels:
+            return f"{name}={value!r}, where {_name_of(conv)} puts out {conv.out_channels} channels"
     return None
 
 
 def differing_calls(parts: Parts) -> str | None:
-    """The published pyramid block calls its projection twice, and the two calls may differ, as a dropout's do."""
+    """The published pyramid block calls its projection twice, and the two calls may differ, as a dropout's do.
+
+    A norm is called as often as published for its buffers, and nothing else is. What a class of somebody else's does is
+    known where the whole block was compared with its replacement; one that calls itself a norm is taken for one.
+    """
     if not parts.is_shared():
         return None
     conv = parts.query.conv
@@ -120,9 +128,26 @@ def differing_calls(parts: Parts) -> str | None:
         return f"{_name_of(conv)} with a parametrization that moves at each of two calls"
     for module in parts.query[1:]:
         for inner in module.modules():
-            if inner.training and isinstance(inner, (nn.modules.dropout._DropoutNd, nn.RReLU)):
-                return f"{type(inner).__name__}, which draws anew at each of two calls"
+            name = type(inner).__name__
+            known = type(inner) in _USUAL or type(inner) in parts.known or _is_of_torch(inner)
+            if not known and "norm" not in name.lower():
+                return f"{name}, which may draw or count at each of two calls"
+            if not inner.training:
+                continue
+            if module is not parts.query.norm and any(buffer is not None for buffer in inner._buffers.values()):
+                return f"{name} behind the norm, whose buffers move at each of two calls"
+            if isinstance(inner, (nn.modules.dropout._DropoutNd, nn.RReLU)):
+                return f"{name}, which draws anew at each of two calls"
     return None
+
+
+_USUAL = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.Sequential)
+"""The usual classes, for which nothing is asked."""
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    """Whether the forward of a module is PyTorch's own."""
+    return type(module).forward.__module__.startswith("torch.nn.modules.")
 
 
 # ------------------------------------------------------------------------------------ what is true for this call alone

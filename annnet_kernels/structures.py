@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from .collapse import Parts, Projection
 from .tracers import exporting
@@ -57,6 +57,8 @@ class Structure:
     settings: tuple[Setting, ...] = ()
     widths: tuple[tuple[Path, str, Path], ...] = ()
     """Attributes (owner, name) that say how many channels a convolution puts out, and where that convolution is."""
+    known: tuple[type[nn.Module], ...] = ()
+    """The classes that the projections hold where a block is found and compared."""
 
     _steps: tuple[tuple[int, str, type[nn.Module] | None], ...] = field(init=False, repr=False, compare=False)
     _places: Mapping[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
@@ -87,7 +89,7 @@ class Structure:
 
     def __reduce__(self) -> tuple[Any, ...]:
         fields = self.key, self.query, self.value, self.out, self.join, self.tail, self.pools
-        return Structure, (*fields, self.containers, self.settings, self.widths)
+        return Structure, (*fields, self.containers, self.settings, self.widths, self.known)
 
     def parts(self, block: nn.Module) -> Parts:
         """The modules of ``block``; raises OddStructure if they are not where they were."""
@@ -108,7 +110,9 @@ class Structure:
                     raise OddStructure(
                         f"{len(found[index])} stages (query_scales or sizes): only one, of scale 1, is supported"
                     )
-            elif (value := getattr(found[index], setting.attribute)) != setting.supported:
+                continue
+            value = getattr(found[index], setting.attribute, None)
+            if isinstance(value, Tensor) or value != setting.supported:
                 path = ".".join((*setting.owner, setting.attribute))
                 raise OddStructure(f"{path} is {value}, supported is {setting.supported}")
         value, out, join, pools = places["single"]
@@ -131,9 +135,10 @@ class Structure:
             pools=levels,
             containers=containers,
             widths=[
-                (attribute, getattr(found[owner], attribute), found[conv])
+                (attribute, getattr(found[owner], attribute, None), found[conv])
                 for (_, attribute, _), owner, conv in zip(self.widths, places["owners"], places["fitting"], strict=True)
             ],
+            known=self.known,
         )
 
 
@@ -187,11 +192,21 @@ def structure_of(block: nn.Module, places: Places) -> Structure:
         containers[path] = type(module)
         return [leaf for name in module._modules for leaf in leaves((*path, name))]
 
+    def in_order(path: Path) -> list[Path]:
+        """The leaves as they are called: a class may define convolution, norm and activation in any order."""
+        found = leaves(path)
+        convs = [leaf for leaf in found if _is_conv(block, leaf)]
+        if len(convs) != 1 or found[0] in convs or isinstance(module_at(block, convs[0][:-1]), nn.Sequential):
+            return found
+        width = getattr(module_at(block, convs[0]), "out_channels", None)
+        norms = [leaf for leaf in found if getattr(module_at(block, leaf), "num_features", None) == width]
+        return [*convs, *norms, *(leaf for leaf in found if leaf not in (*convs, *norms))]
+
     def described(paths: Sequence[Path]) -> str:
         return ", ".join(type(module_at(block, path)).__name__ for path in paths) or "nothing"
 
     def projection(path: Path) -> tuple[Path, Path | None, Path | None]:
-        found = leaves(path)
+        found = in_order(path)
         if (
             not 1 <= len(found) <= 3
             or not _is_conv(block, found[0])
@@ -216,7 +231,7 @@ def structure_of(block: nn.Module, places: Places) -> Structure:
     join: Path | None = None
     tail: list[Path] = []
     if places.bottleneck is not None:
-        found = leaves(places.bottleneck)
+        found = in_order(places.bottleneck)
         if [_is_conv(block, leaf) for leaf in found] != [True, *(False for _ in found[1:])]:
             expected = "one convolution, then norm, activation and dropout"
             raise OddStructure(f"{'.'.join(places.bottleneck)} holds {described(found)}; expected {expected}")
@@ -227,6 +242,7 @@ def structure_of(block: nn.Module, places: Places) -> Structure:
         module = module_at(block, path)
         assert module is not None
         containers.setdefault(path, type(module))
+    called_twice = [module_at(block, path) for path in (*key[1:], *query[1:]) if path is not None]
     return Structure(
         key,
         query,
@@ -238,6 +254,7 @@ def structure_of(block: nn.Module, places: Places) -> Structure:
         tuple(sorted(containers.items(), key=lambda item: item[0])),
         tuple(_present(block, places.settings)),
         tuple(_widths(block, places, query[0])),
+        tuple(dict.fromkeys(type(inner) for leaf in called_twice if leaf is not None for inner in leaf.modules())),
     )
 
 

@@ -4,6 +4,8 @@ import gc
 
 import pytest
 import torch
+from fused_pairs import pair  # noqa: F401
+from row_shards_rule import alone, pool  # noqa: F401
 
 from annnet_kernels import backends
 

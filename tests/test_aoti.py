@@ -2,11 +2,10 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import block_rule
+import fresh
 import pytest
 import torch
 from helpers import assert_as_accurate_as_plain
@@ -137,9 +136,8 @@ def new_process(compiled, tmp_path_factory):
     folder = tmp_path_factory.mktemp("process")
     maps = draw(dtype=torch.float32)
     torch.save(list(maps), folder / "maps.pt")
-    arguments = [sys.executable, "-c", LOAD, str(compiled[0]), str(folder / "maps.pt"), str(folder / "results.pt")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(ak.__file__).parents[1])}
-    process = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    arguments = ["", str(compiled[0]), str(folder / "maps.pt"), str(folder / "results.pt")]
+    process = fresh.python(f"import sys; sys.argv = {arguments!r}\n{LOAD}")
     assert process.returncode == 0, process.stderr
     return maps, torch.load(folder / "results.pt"), process.stdout
 

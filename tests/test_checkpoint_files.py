@@ -224,6 +224,10 @@ NESTED = {
     },
     "compiled inside": lambda state: {key.replace("stages.", "stages._orig_mod."): x for key, x in state.items()},
     "wrapped inside": lambda state: {f"net._orig_mod.module.{key}": x for key, x in state.items()},
+    "sharded inside": lambda state: {
+        key.replace("stages.0", "_fsdp_wrapped_module.stages.0._checkpoint_wrapped_module"): x
+        for key, x in state.items()
+    },
     "averaged": lambda state: {"n_averaged": torch.tensor(3), **{f"module.{key}": x for key, x in state.items()}},
     "defaultdict": lambda state: collections.defaultdict(list, state),
     "parameters": lambda state: {key: nn.Parameter(x) if x.is_floating_point() else x for key, x in state.items()},

@@ -132,9 +132,8 @@ def test_cuda_graphs_of_inductor():
 @pytest.mark.parametrize(
     ("kind", "training", "backend"),
     [
-        ("AFNB", True, "aot_eager"),
         ("APNB", False, "aot_eager"),
-        ("APNB", True, "aot_eager_decomp_partition"),
+        ("AFNB", True, "aot_eager_decomp_partition"),
     ],
 )
 def test_compiled_autograd(kind, training, backend):

@@ -33,6 +33,26 @@ class ConvNormAct(nn.Module):
         return x if self.act is None else self.act(x)
 
 
+class ActNormConv(nn.Module):
+    """Defines its modules in another order than it calls them in."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.act = nn.ReLU()
+        self.bn = nn.BatchNorm2d(outputs)
+        self.conv = nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x)))
+
+
+class Swish(nn.Module):
+    """An activation of somebody else's."""
+
+    def forward(self, x):
+        return x * x.sigmoid()
+
+
 class FunctionalAct(ConvNormAct):
     """Its activation is no module."""
 
@@ -91,7 +111,9 @@ NESTINGS = {
     "GroupNorm": flat(lambda o: nn.GroupNorm(2, o), relu),
     "InstanceNorm": flat(lambda o: nn.InstanceNorm2d(o, affine=True, track_running_stats=True), relu),
     "frozen norm": flat(FrozenNorm, relu),
+    "own activation": flat(norm, lambda o: Swish()),
     "one class": ConvNormAct,
+    "one class, defined in another order": ActNormConv,
     "one class, no norm": lambda i, o: ConvNormAct(i, o, norm=None),
 }
 

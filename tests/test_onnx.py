@@ -29,7 +29,9 @@ pytestmark = [
 
 
 EXPORTERS = ("dynamo", "torchscript", "program")
-SIZES = [(2, 20, 18), (1, 97, 97), (3, 33, 40), (1, 1, 50), (1, 50, 1), (2, 5, 3), (1, 1, 1), (2, 65, 129)]
+SIZES = [(3, 33, 40), (1, 1, 50), (1, 50, 1), (2, 5, 3), (1, 1, 1)]
+LARGE = [(2, 20, 18), (1, 97, 97), (2, 65, 129)]
+"""For one exporter: they show no more than others where a bin's ends are made."""
 POOL_SIZES = (1, (2, 3), 7)
 MOST_NODES = 400
 
@@ -122,7 +124,7 @@ def test_every_size_runs_from_one_graph(case, exporter, tmp_path):
     assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
     truth = copy.deepcopy(twin).double()
     twin.float()
-    for batch, height, width in SIZES:
+    for batch, height, width in SIZES + (LARGE if exporter == "dynamo" else []):
 
         def results(seed, size=(batch, height, width)):
             maps = [torch.randn(size[0], c, size[1] + i, size[2], dtype=torch.float64) for i, c in enumerate(channels)]
@@ -130,7 +132,25 @@ def test_every_size_runs_from_one_graph(case, exporter, tmp_path):
             with torch.no_grad():
                 return named(run(session, single)), named(twin(*single)), named(truth(*maps))
 
-        assert_as_accurate_as_plain(results, torch.float32, factor=4.0)  # as the runtime sums; 3.3 was seen
+        assert_as_accurate_as_plain(results, torch.float32)
+
+
+def test_a_constant_does_not_pass_the_attention_of_a_graph(tmp_path):
+    """It would take on what the runtime's sums of the rows lack: 2.4 times plain's error on a map of one column."""
+    fused, twin, channels = build_block("APNB", bottleneck=False)
+    with torch.no_grad():
+        for block in (fused, twin):
+            block.stages[0].f_value.bias.copy_(torch.linspace(20, 30, block.stages[0].f_value.out_channels))
+    _, session = export(fused.float(), (torch.randn(2, *channels, 9, 8),), "torchscript", tmp_path / "graph.onnx")
+    truth = copy.deepcopy(twin).double()
+    twin.float()
+
+    def results(seed):
+        x = torch.randn(1, *channels, 50, 1, dtype=torch.float64)
+        with torch.no_grad():
+            return named(run(session, [x.float()])), named(twin(x.float())), named(truth(x))
+
+    assert_as_accurate_as_plain(results, torch.float32, factor=1.0)
 
 
 def test_a_program_in_float64_is_written_with_its_scale_in_float64(tmp_path):
@@ -194,15 +214,15 @@ def computed_weights(graph):
 @pytest.mark.tool(
     "torch.onnx.export", "works", "both exporters; free sizes, constant weights, onnxruntime", package="onnx"
 )
-@pytest.mark.tool("onnxruntime quantize_dynamic", "works", "of blocks of any width", package="onnxruntime")
-@pytest.mark.parametrize("width", [1, 8])
+@pytest.mark.tool("onnxruntime quantize_dynamic", "works", "every weight is an initializer", package="onnxruntime")
 @pytest.mark.parametrize("exporter", EXPORTERS[:2])
 @pytest.mark.parametrize("kind", block_rule.CLASSES)
-def test_every_weight_is_an_initializer_and_can_be_quantised(kind, exporter, width, tmp_path):
-    """Exporters fold what is computed from small weights, not from large ones."""
+def test_every_weight_is_an_initializer_and_can_be_quantised(kind, exporter, tmp_path):
+    """At a width where exporters no longer fold what is computed from weights."""
     from onnxruntime.quantization import quantize_dynamic
 
     cls, _, channels = block_rule.CLASSES[kind]
+    width = 8
     widths = [width * c for c in (*channels, block_rule.KEY, block_rule.VALUE)]
     block = cls(*widths, dropout=0.0).eval()
     block_rule.randomise(block)
@@ -215,8 +235,7 @@ def test_every_weight_is_an_initializer_and_can_be_quantised(kind, exporter, wid
     assert float((got - expected).norm() / expected.norm()) < 0.3
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", block_rule.CLASSES)
+@pytest.mark.parametrize(("kind", "dtype"), [("AFNB", torch.float16), ("APNB", torch.bfloat16)], ids=str)
 def test_export_under_autocast(kind, dtype, tmp_path):
     """What PyTorch's exporters make of a plain convolution there, onnxruntime may refuse: the graph is looked at."""
     block, _, channels = build_block(kind)

@@ -1,14 +1,13 @@
 """torch.jit.trace and torch.fx.symbolic_trace of blocks: traces that compute the same at other sizes."""
 
-import copy
 import io
 import warnings
 
 import block_rule
 import pytest
 import torch
-from block_rule import CLASSES, build
 from checkpoint_states import net
+from fused_pairs import OURS, twins
 from torch import nn
 
 import annnet_kernels as ak
@@ -19,17 +18,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
 
-OURS = {f"{kind}, {way}": (kind, way) for kind in CLASSES for way in ("own", "replaced")}
 SIZES = ((1, 7, 9), (3, 20, 21), (2, 3, 1))
 
 
 @pytest.fixture(params=OURS)
 def pair(request):
-    kind, way = OURS[request.param]
-    fused, plain = build(kind)
-    if way == "replaced":
-        fused = copy.deepcopy(plain)
-        assert ak.replace_blocks(fused).replaced
+    fused, plain, kind = twins(request.param)
     return fused, plain, [shape[1] for shape in block_rule.MAPS[kind]]
 
 
