@@ -90,6 +90,7 @@ def plan_forward(
         "out": out_map,
         "logsumexp_ptr": logsumexp,
         **_common_arguments(operands, maps),
+        "STAGES": tile.skip_stages,
     }
     return [Launch(asymmetric_attention_fwd_kernel, (blocks,), arguments, tile.warps, tile.stages, tile.max_registers)]
 
@@ -163,7 +164,8 @@ def _token_gradient(
     pixels = scratch.shape[1]
     tile = token_gradient_tile(channels, tokens, out.dtype, common["PRECISION"], norm is not None, device.shared_memory)
     tiles = -(-channels // tile.chunk) * -(-tokens // tile.tokens)
-    splits = pixel_splits(pixels, tiles * batch, device.multiprocessors, tile.pixels)
+    at_once = tile.per_multiprocessor * device.multiprocessors
+    splits = pixel_splits(pixels, tiles * batch, at_once, tile.pixels)
     split_pixels = -(-pixels // (splits * tile.pixels)) * tile.pixels
     splits = -(-pixels // split_pixels)
     target = out if splits == 1 else out.new_empty((splits, *out.shape), dtype=torch.float32)
@@ -211,6 +213,7 @@ def _tile(maps: Sequence[Map], operands: Operands, backward: bool, device: Devic
         operands.norm is not None,
         any(m.channel_stride not in (None, 1) for m in maps),
         any(m.row_stride is not None for m in maps),
+        operands.key.stride(1) == operands.value.stride(1) == 1,
         device.capability,
         device.shared_memory,
     )
