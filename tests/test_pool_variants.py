@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 from annnet_kernels.kernels import bn_relu_pool, pyramid_pool
 from annnet_kernels.kernels.launch import Device
-from benchmarks.codegen import specialise
+from tools.compile_table.table import specialise
 
 H100 = Device((9, 0), 132)
 ARCH = 90

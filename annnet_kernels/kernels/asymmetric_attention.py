@@ -278,6 +278,8 @@ def launch_variants(device: Device) -> Iterator[tuple[str, str, Launch]]:
         ]
         for example in examples:
             label = f"{layout}, {example.tokens} tokens{', normalised' * example.normalised}"
+            if example.widths != _BLOCK_WIDTHS:
+                label += f", {' × '.join(map(str, example.widths))}"
             for launch in example.launches(dtype, precision, device):
                 yield str(dtype).removeprefix("torch."), label, launch
 

@@ -2,7 +2,7 @@
 
 The convention of every module in this package: the function an operator calls is ``for launch in plan_...(...):
 launch.run()``, and ``launch_variants(device)`` yields the launches of those same plan functions for meta tensors in
-every dtype, layout and width that gets code of its own. So the compile table (``python -m benchmarks.codegen``) sees
+every dtype, layout and width that gets code of its own. So the compile table (``python -m tools.compile_table``) sees
 exactly what a GPU would be given, and restates nothing.
 """
 
