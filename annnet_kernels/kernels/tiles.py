@@ -93,9 +93,11 @@ def attention_tile(
                 registers = _ALL_REGISTERS
             elif not several_blocks:
                 widest_value, registers = 32, _ALL_REGISTERS
-        # Without these Triton 3.6 spills a few values (sm_100).
+        # Without these Triton spills a few values (sm_100).
         if capability[0] == 10 and backward and nchw and not several_blocks:
             widest_key = 32
+        if capability[0] == 10 and nchw and not heavy:
+            widest_value = 32
         if capability[0] == 10 and ((several_blocks and backward != normalised) or (strided and backward)):
             registers = _ALL_REGISTERS
     elif precision == "tf32":
