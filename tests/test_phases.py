@@ -22,7 +22,7 @@ from annnet_kernels.kernels.launch import Launch
 from tools.compile_table.table import DEVICES
 from tools.phases.__main__ import measured_of, rows_of, sums
 from tools.phases.gpus import GPUS
-from tools.phases.step import Phase
+from tools.phases.step import Ledger, Phase
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, PIXELS, TOKENS, CHANNELS, KEYS = 8, 97 * 97, 110, 512, 256
@@ -78,6 +78,17 @@ def test_waves_come_from_machine_code():
     assert ours.floor_us == pytest.approx(2 * 3 * 1024 * 400 * 4 / 4.3e12 * 1e6)
     assert library.floor_us == pytest.approx(1e6)
     assert sums([ours, library])["all"]["launches"] == 3
+
+
+def test_a_product_added_in_place_reads_and_writes_its_sum():
+    total, left, right = torch.ones(6, 5), torch.ones(6, 7), torch.ones(7, 5)
+    with Ledger() as ledger:
+        total.addmm_(left, right)
+        total.new_ones(3, 4)
+        total.t()
+    product, ones = ledger.phases
+    assert (product.flop, product.kind, product.size) == (2 * 6 * 7 * 5, "ieee", 4 * (2 * 6 * 5 + 6 * 7 + 7 * 5))
+    assert (ones.flop, ones.size) == (0, 4 * 12)
 
 
 def test_products_in_three_parts_cost_three():

@@ -69,7 +69,7 @@ def phases_of(block: str, device: Device, batch: int, height: int, width: int) -
             for shape in shapes
         ]
         leaves = [*maps, *module.parameters()]
-        ledger = _Ledger()
+        ledger = Ledger()
         with ledger:
             with torch.autocast("cpu", torch.bfloat16):
                 out = module(*maps)
@@ -77,7 +77,7 @@ def phases_of(block: str, device: Device, batch: int, height: int, width: int) -
     return ledger.phases
 
 
-class _Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):
     """Writes down what each operator would do."""
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class _Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        formula = flop_registry.get(func._overloadpacket)
+        formula = _formula(func)
         if formula is None and func.namespace == "aten":
             with self:
                 decomposed = func.decompose(*args, **kwargs)
@@ -107,6 +107,14 @@ class _Ledger(TorchDispatchMode):
             kind = str(outputs[0].dtype if outputs else inputs[0].dtype).removeprefix("torch.")
             self.phases.append(Phase(str(func), size, flop, _kind(kind, "ieee"), None))
         return result
+
+
+def _formula(func: Any) -> Callable[..., int] | None:
+    """PyTorch has FLOP formulas for most products, but not for those that add to their first operand in place."""
+    packet = func._overloadpacket
+    if packet.__name__.endswith("_") and func.namespace == "aten":
+        packet = getattr(torch.ops.aten, packet.__name__.removesuffix("_"), packet)
+    return flop_registry.get(packet)
 
 
 def _only_writes(func: Any) -> bool:
