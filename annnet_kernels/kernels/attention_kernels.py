@@ -104,6 +104,7 @@ def asymmetric_attention_fwd_kernel(
     tl.store(logsumexp_ptr + batch * n_pixels + rows, maximum + tl.log(total), mask=inside)
 
     # With stages of its own, this loop copies ahead what enters no product too: the skip map and the constant.
+    # The skip map may be the output itself: a chunk that is copied ahead is none that was written.
     for first in tl.range(0, value.channels, value_chunk.size, num_stages=STAGES):
         if ONE_BLOCK:
             columns = load_tokens(value, batch, 0, first, value_chunk, BLOCK_TOKENS)

@@ -56,7 +56,7 @@ def _row(phase: Phase, calls: int, gpu: Gpu, compiled: bool) -> Row:
         programs = prod(phase.launch.grid)
         if compiled:
             made = compile_row("any", "any", phase.launch, gpu.arch)
-            if made.fault is not None:
+            if not made.programs:
                 raise RuntimeError(f"{made.kernel}: {made.fault}")
             per_multiprocessor = made.programs
             waves = programs / (per_multiprocessor * DEVICES[gpu.arch].multiprocessors)
