@@ -18,7 +18,7 @@ NATIVE_SOURCES := setup.py $(shell find csrc -type f)
 VERSION_TESTS := $(addprefix test_,$(addsuffix .py,asymmetric_attention backends batch_norm blocks distributed export \
 	folding functional info modules native pyramid_pool replace))
 
-.PHONY: bench test test-python test-kernels test-oldest lint native wheel gpu gpu-full rehearse clean
+.PHONY: bench test test-python test-kernels test-oldest lint native wheel gpu gpu-full rehearse phases clean
 
 bench: $(BENCH_READY) $(NATIVE_READY)  ## how much faster and smaller than plain PyTorch, on this machine
 	@echo "make: the benchmark"
@@ -90,8 +90,13 @@ gpu:
 gpu-full:
 	BUDGET=$(BUDGET) OUT=$(OUT) $(PYTHON) -m tools.gpu --full
 
-rehearse: $(READY)  ## the GPU campaign without a GPU: every stage in its real process, kernels compiled for sm_90
+rehearse: $(TEST_READY) $(NATIVE_READY)  ## the GPU campaign without a GPU: every stage in its real process, kernels compiled for sm_90
 	$(BIN)/python -m tools.gpu.rehearsal
+
+ARCH ?= 90
+
+phases: $(BENCH_READY) $(NATIVE_READY)  ## what a training step sends to a GPU, and its floors; JSON=1 for a program
+	@$(BIN)/python -m tools.phases --arch $(ARCH) $(if $(JSON),--json) $(if $(RECORD),--record $(RECORD))
 
 clean:
 	rm -rf build dist *.egg-info annnet_kernels/_C.* .pytest_cache .mypy_cache .ruff_cache

@@ -1,1 +1,1 @@
-"""Benchmarks of annnet_kernels: speed and memory (``-m benchmarks``), compiled code (``-m benchmarks.codegen``)."""
+"""Benchmarks of annnet_kernels: speed and memory (``python -m benchmarks``)."""

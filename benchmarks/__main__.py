@@ -14,7 +14,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; 
 import torch
 from rich.console import Console
 
-from . import accuracy, compare, features, machine, plots, report, results, scaling, terminal
+from . import accuracy, compare, features, machine, plots, report, results, terminal
 from .cases import CASES, select
 from .providers import EFFORTS
 from .records import load
@@ -49,7 +49,6 @@ def _parser() -> argparse.ArgumentParser:
     errors.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     errors.add_argument("--seeds", type=int, default=5)
     errors.set_defaults(action=lambda given, console: accuracy.run(torch.device(given.device), given.seeds, console))
-    scaling.add_command(commands)
     tables = commands.add_parser("readme", help="write the README's tables from the records in benchmarks/results")
     tables.add_argument("--check", action="store_true", help="change nothing; exit code 1 where they differ")
     tables.set_defaults(action=lambda given, console: results.run(given.check, console))

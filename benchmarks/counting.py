@@ -74,7 +74,7 @@ class _Ledger(TorchDispatchMode):
             self._known.update(id(t.untyped_storage()) for t in inputs)
             if formula is not None:
                 self.flop += formula(*args, **kwargs, out_val=result)
-            if not func.is_view and not _moves_nothing(func, inputs, outputs):
+            if not func.is_view and not moves_nothing(func, inputs, outputs):
                 self.traffic += bytes_of(inputs) + bytes_of(outputs)
             self._allocate(outputs)
         return result
@@ -90,7 +90,7 @@ class _Ledger(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-def _moves_nothing(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+def moves_nothing(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
     """Uninitialised memory, and views in all but name."""
     if "empty" in func.name():
         return True

@@ -20,12 +20,13 @@ pytest.importorskip("triton")
 from annnet_kernels.kernels import bn_relu_pool, pyramid_pool
 from annnet_kernels.kernels.bn_relu_pool import Gradients
 from annnet_kernels.kernels.launch import Device
-from benchmarks.codegen import specialise
+from tools.compile_table.table import specialise
 
 H100 = Device((9, 0), 132)
 ARCH = 90
 PER_DTYPE = {"forward": 5, "combine": 1, "backward": 12}
-"""Layouts: channels_last and NCHW, each aligned and odd, and strided; gradients are token-major or not, and written or, if so, added."""
+"""Layouts: channels_last and NCHW, each aligned and odd, and strided; gradients are token-major or not, and
+those that are may be added."""
 
 
 def keys(launches) -> set[str]:

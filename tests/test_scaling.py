@@ -1,4 +1,4 @@
-"""The benchmark of row shards: its model says what its formula says, and the command measures, prints and records."""
+"""The model of row shards: its model says what its formula says, and the command measures, prints and records."""
 
 import io
 import json
@@ -6,9 +6,8 @@ import json
 import pytest
 from rich.console import Console
 
-from benchmarks import scaling
-from benchmarks.__main__ import _parser, main
 from benchmarks.counting import count
+from tools import scaling
 
 GIVEN = scaling.Assumptions(rate=1e12, latency=1e-5, bandwidth=1e10)
 
@@ -33,10 +32,9 @@ def test_counted_work_is_linear_in_the_pixels(kind):
 
 def test_the_command_measures_and_records(tmp_path):
     path = tmp_path / "folder" / "scaling.json"
-    command = ["scaling", "--blocks", "APNB", "--processes", "2", "--map", "5", "6", "--steps", "2"]
-    chosen = _parser().parse_args([*command, "--latency", "1e-4", "--out", str(path)])
+    command = ["--blocks", "APNB", "--processes", "2", "--map", "5", "6", "--steps", "2"]
     console = Console(file=io.StringIO(), width=200)
-    assert chosen.action(chosen, console) == 0
+    assert scaling.main([*command, "--latency", "1e-4", "--out", str(path)], console) == 0
     printed = console.file.getvalue()
     assert "APNB 1×5×6, training step, gloo on this machine" in printed
     assert "The model assumes 2e+14 FLOP/s, 0.0001 s and 5e+10 bytes/s." in printed
@@ -52,5 +50,5 @@ def test_the_command_measures_and_records(tmp_path):
 
 def test_more_processes_than_rows_are_refused(capsys):
     with pytest.raises(SystemExit):
-        main(["scaling", "--map", "3", "6"])
+        scaling.main(["--map", "3", "6"])
     assert "--processes: expected from 1 to the 3 rows of the map, got [1, 2, 4]" in capsys.readouterr().err

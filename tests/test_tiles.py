@@ -30,20 +30,24 @@ def test_a_chunk_is_a_power_of_two_with_little_padding(channels, widest):
     normalised=st.booleans(),
     nchw=st.booleans(),
     strided=st.booleans(),
+    token_major=st.booleans(),
     capability=st.sampled_from(list(CAPABILITIES)),
 )
 def test_operands_of_a_stage_fit_shared_memory(
-    key, value, tokens, kind, backward, normalised, nchw, strided, capability
+    key, value, tokens, kind, backward, normalised, nchw, strided, token_major, capability
 ):
     dtype, precision = kind
     shared = CAPABILITIES[capability] * 1024
-    tile = attention_tile(key, value, tokens, dtype, precision, backward, normalised, nchw, strided, capability, shared)
+    tile = attention_tile(
+        key, value, tokens, dtype, precision, backward, normalised, nchw, strided, token_major, capability, shared
+    )
     assert tile.tokens in (64, 128)
     assert tile.tokens >= min(tokens, 128)
     operands = (tile.pixels + tile.tokens) * max(tile.key_chunk, tile.value_chunk) * dtype.itemsize
     assert operands * tile.stages <= shared
     sums = token_gradient_tile(key, tokens, dtype, precision, normalised, shared)
-    assert sums.pixels * (sums.tokens + sums.chunk) * dtype.itemsize * sums.stages <= shared
+    bytes_of_sums = sums.pixels * (sums.tokens + sums.chunk) * dtype.itemsize * sums.stages
+    assert bytes_of_sums * sums.per_multiprocessor <= shared
 
 
 @pytest.mark.parametrize("nchw", [False, True])
@@ -61,6 +65,7 @@ def test_sizes_of_an_image_choose_nothing_and_tokens_little(dtype, precision, ca
             normalised,
             nchw,
             False,
+            True,
             capability,
             CAPABILITIES[capability] * 1024,
         )
@@ -74,12 +79,12 @@ def test_sizes_of_an_image_choose_nothing_and_tokens_little(dtype, precision, ca
 @given(
     pixels=st.integers(1, 10**7),
     programs=st.integers(1, 10**4),
-    multiprocessors=st.integers(1, 200),
+    at_once=st.integers(1, 400),
     block=st.sampled_from((16, 32, 64)),
 )
-def test_splits_make_at_most_one_wave_of_parts_worth_their_sums(pixels, programs, multiprocessors, block):
-    splits = pixel_splits(pixels, programs, multiprocessors, block)
+def test_splits_make_at_most_one_wave_of_parts_worth_their_sums(pixels, programs, at_once, block):
+    splits = pixel_splits(pixels, programs, at_once, block)
     assert splits >= 1
     if splits > 1:
-        assert splits * programs <= multiprocessors
+        assert splits * programs <= at_once
         assert pixels // splits >= 4 * block

@@ -121,6 +121,7 @@ def plan_forward(
         "out": out_map,
         "logsumexp_ptr": logsumexp,
         **_common_arguments(operands, maps),
+        "STAGES": tile.skip_stages,
     }
     return [Launch(asymmetric_attention_fwd_kernel, (blocks,), arguments, tile.warps, tile.stages, tile.max_registers)]
 
@@ -194,7 +195,8 @@ def _token_gradient(
     pixels = weights.shape[1]
     tile = token_gradient_tile(channels, tokens, out.dtype, common["PRECISION"], norm is not None, device.shared_memory)
     tiles = -(-channels // tile.chunk) * -(-tokens // tile.tokens)
-    splits = pixel_splits(pixels, tiles * batch, device.multiprocessors, tile.pixels)
+    at_once = tile.per_multiprocessor * device.multiprocessors
+    splits = pixel_splits(pixels, tiles * batch, at_once, tile.pixels)
     split_pixels = -(-pixels // (splits * tile.pixels)) * tile.pixels
     splits = -(-pixels // split_pixels)
     target = out if splits == 1 else scratch(out, (splits, *out.shape), torch.float32)
@@ -242,6 +244,7 @@ def _tile(maps: Sequence[Map], operands: Operands, backward: bool, device: Devic
         operands.norm is not None,
         any(m.channel_stride not in (None, 1) for m in maps),
         any(m.row_stride is not None for m in maps),
+        operands.key.stride(1) == operands.value.stride(1) == 1,
         device.capability,
         device.shared_memory,
     )
@@ -306,6 +309,8 @@ def launch_variants(device: Device) -> Iterator[tuple[str, str, Launch]]:
         ]
         for example in examples:
             label = f"{layout}, {example.tokens} tokens{', normalised' * example.normalised}"
+            if example.widths != _BLOCK_WIDTHS:
+                label += f", {' × '.join(map(str, example.widths))}"
             for launch in example.launches(dtype, precision, device):
                 yield str(dtype).removeprefix("torch."), label, launch
 

@@ -71,6 +71,7 @@ def asymmetric_attention_fwd_kernel(
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """out = softmax(scale · QKᵀ) V + skip + constant, and the logsumexp of the logits.
 
@@ -87,6 +88,7 @@ def asymmetric_attention_fwd_kernel(
         maximum = tl.max(logits, 1)
         weights = tl.exp(logits - maximum[:, None])
         total = tl.sum(weights, 1)
+        attention = (weights * (1.0 / total)[:, None]).to(value.pointer.dtype.element_ty)
     else:
         maximum = tl.full((BLOCK_PIXELS,), -float("inf"), tl.float32)
         total = tl.zeros((BLOCK_PIXELS,), tl.float32)
@@ -101,10 +103,12 @@ def asymmetric_attention_fwd_kernel(
     rows = first_pixel + tl.arange(0, BLOCK_PIXELS)
     tl.store(logsumexp_ptr + batch * n_pixels + rows, maximum + tl.log(total), mask=inside)
 
-    for first in range(0, value.channels, value_chunk.size):
+    # With stages of its own, this loop copies ahead what enters no product too: the skip map and the constant.
+    # The skip map may be the output itself: a chunk that is copied ahead is none that was written.
+    for first in tl.range(0, value.channels, value_chunk.size, num_stages=STAGES):
         if ONE_BLOCK:
             columns = load_tokens(value, batch, 0, first, value_chunk, BLOCK_TOKENS)
-            context = tl.dot(weights.to(columns.dtype), columns, input_precision=PRECISION)
+            context = tl.dot(attention, columns, input_precision=PRECISION)
         else:
             context = tl.zeros((BLOCK_PIXELS, value_chunk.size), tl.float32)
             for first_token in range(0, key.count, BLOCK_TOKENS):
@@ -124,7 +128,7 @@ def asymmetric_attention_fwd_kernel(
                 weights = tl.exp(logits - maximum[:, None])
                 columns = load_tokens(value, batch, first_token, first, value_chunk, BLOCK_TOKENS)
                 context = tl.dot(weights.to(columns.dtype), columns, context, input_precision=PRECISION)
-        context = context / total[:, None]
+            context = context / total[:, None]
         if skip.pointer is not None:
             skip_pixels = pixel_pointers(skip, batch, first_pixel, width, BLOCK_PIXELS)
             context += load_map(skip, None, skip_pixels, inside, first, value_chunk)

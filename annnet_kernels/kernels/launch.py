@@ -3,7 +3,7 @@
 The convention of every module in this package: the function an operator calls returns what ``plan_...(...)`` plans,
 which ``plans.planned`` runs, and ``launch_variants(device)`` yields the launches of those same plan functions for meta
 tensors in every dtype, layout and width that gets code of its own. So the compile table
-(``python -m benchmarks.codegen``) sees exactly what a GPU would be given, and restates nothing.
+(``python -m tools.compile_table``) sees exactly what a GPU would be given, and restates nothing.
 """
 
 from __future__ import annotations

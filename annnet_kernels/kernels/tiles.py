@@ -1,6 +1,6 @@
 """The only place that chooses tiles, warps and stages: pure functions of dimensions, dtype and architecture.
 
-The compile table (``python -m benchmarks.codegen``) holds every row to: no spills, tensor-core instructions in 16-bit
+The compile table (``python -m tools.compile_table``) holds every row to: no spills, tensor-core instructions in 16-bit
 products, and the shared memory of the architecture.
 """
 
@@ -20,7 +20,10 @@ queries, and token gradients."""
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """One program's block: ``pixels`` × ``tokens`` logits, channels walked ``chunk`` at a time."""
+    """One program's block: ``pixels`` × ``tokens`` logits, channels walked ``chunk`` at a time.
+
+    ``skip_stages``: of the forward's loop over value channels where it copies the skip map ahead, else None.
+    """
 
     pixels: int
     tokens: int
@@ -29,6 +32,7 @@ class AttentionTile:
     warps: int
     stages: int
     max_registers: int | None
+    skip_stages: int | None
 
 
 def attention_tile(
@@ -41,6 +45,7 @@ def attention_tile(
     normalised: bool,
     nchw: bool,
     strided: bool,
+    token_major: bool,
     capability: tuple[int, int],
     shared_memory: int,
 ) -> AttentionTile:
@@ -52,6 +57,7 @@ def attention_tile(
         normalised: whether queries are normalised as they are loaded.
         nchw: whether the channels of a map are no neighbours.
         strided: whether a map needs two strides to walk its pixels.
+        token_major: whether the channels of a key and of a value are neighbours.
         shared_memory: bytes that one block may use.
     """
     # More than 128 tokens are walked in blocks; 64 spare the small pyramids half of the padding.
@@ -60,7 +66,7 @@ def attention_tile(
     # Beside the logits, the forward of one block of tokens holds next to nothing.
     heavy = backward or several_blocks
     warp_level = capability[0] not in (9, 10)
-    registers = None
+    warps, registers = 8, None
     if dtype.itemsize == 2:
         # 128 pixels × 128 tokens fill 64 registers per thread with logits; chunks of 256 spill. A third stage hides
         # more latency where there is memory for it.
@@ -70,6 +76,14 @@ def attention_tile(
         through_registers = key_channels % 8 or value_channels % 8 or strided or (normalised and several_blocks)
         if heavy and (capability[0] != 9 or through_registers):
             pixels = 64
+        elif capability[0] == 9 and token_major and not several_blocks and not through_registers:
+            # Two programs per multiprocessor: one computes while the other waits for memory. Logits and their gradients
+            # of 64 pixels fill the registers of 4 warps; normalised queries leave the forward 128 registers per thread
+            # if they come in short chunks.
+            if backward:
+                pixels, warps, registers = 64, 4, _ALL_REGISTERS
+            elif normalised and not nchw:
+                widest_key, registers = 32, 128
         if backward and through_registers and warp_level and not several_blocks:
             registers = _ALL_REGISTERS
         # Half a chunk of queries less in registers makes 180 of 255 and a spill (sm_120).
@@ -79,9 +93,11 @@ def attention_tile(
                 registers = _ALL_REGISTERS
             elif not several_blocks:
                 widest_value, registers = 32, _ALL_REGISTERS
-        # Without these Triton 3.6 spills a few values (sm_100).
+        # Without these Triton spills a few values (sm_100).
         if capability[0] == 10 and backward and nchw and not several_blocks:
             widest_key = 32
+        if capability[0] == 10 and nchw and not heavy:
+            widest_value = 32
         if capability[0] == 10 and ((several_blocks and backward != normalised) or (strided and backward)):
             registers = _ALL_REGISTERS
     elif precision == "tf32":
@@ -98,7 +114,11 @@ def attention_tile(
             pixels = 16
         registers = _ALL_REGISTERS
     key_chunk, value_chunk = channel_chunk(key_channels, widest_key), channel_chunk(value_channels, widest_value)
-    return AttentionTile(pixels, block_tokens, key_chunk, value_chunk, 8, stages, registers)
+    # Maps whose channels are no neighbours are not copied in 16 bytes, and spill with what is kept ahead (sm_100).
+    ahead = dtype.itemsize == 2 and not heavy and not nchw
+    return AttentionTile(
+        pixels, block_tokens, key_chunk, value_chunk, warps, stages, registers, stages if ahead else None
+    )
 
 
 def channel_chunk(channels: int, widest: int) -> int:
@@ -113,7 +133,10 @@ def channel_chunk(channels: int, widest: int) -> int:
 
 @dataclass(frozen=True)
 class TokenGradientTile:
-    """One program's block of a token gradient: ``tokens`` × ``chunk`` sums over ``pixels`` at a time."""
+    """One program's block of a token gradient: ``tokens`` × ``chunk`` sums over ``pixels`` at a time.
+
+    ``per_multiprocessor`` programs run at a time on one multiprocessor.
+    """
 
     pixels: int
     tokens: int
@@ -121,6 +144,7 @@ class TokenGradientTile:
     warps: int
     stages: int
     max_registers: int | None
+    per_multiprocessor: int
 
 
 def token_gradient_tile(
@@ -132,19 +156,19 @@ def token_gradient_tile(
         # A column chunk of 128 reads the probabilities once per 128 channels; 64 pixels × 3 stages are 96 KiB.
         chunk = channel_chunk(channels, 64 if normalised else 128)
         stages = 3 if shared_memory > 128 * 1024 else 2
-        return TokenGradientTile(64, block_tokens, chunk, 8, stages, _ALL_REGISTERS)
+        # About 120 registers per thread: where there is memory for two programs, both fit.
+        fitting = 2 if shared_memory >= 2 * 96 * 1024 else 1
+        return TokenGradientTile(64, block_tokens, chunk, 8, stages, _ALL_REGISTERS, fitting)
     chunk = channel_chunk(channels, 64)
-    if precision == "tf32":
-        return TokenGradientTile(32, block_tokens, chunk, 8, 2, _ALL_REGISTERS)
-    return TokenGradientTile(16, block_tokens, chunk, 8, 2, _ALL_REGISTERS)
+    return TokenGradientTile(32 if precision == "tf32" else 16, block_tokens, chunk, 8, 2, _ALL_REGISTERS, 1)
 
 
-def pixel_splits(pixels: int, programs: int, multiprocessors: int, block_pixels: int) -> int:
-    """Into how many parts a sum over pixels is split, so that ``programs`` per part give one wave.
+def pixel_splits(pixels: int, programs: int, at_once: int, block_pixels: int) -> int:
+    """Into how many parts a sum over pixels is split, so that ``programs`` per part give one wave of ``at_once``.
 
     A part has at least four blocks: its partial sums are written and read once more.
     """
-    return max(1, min(multiprocessors // programs, pixels // (4 * block_pixels)))
+    return max(1, min(at_once // programs, pixels // (4 * block_pixels)))
 
 
 # Pooling

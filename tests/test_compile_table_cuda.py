@@ -10,25 +10,26 @@ if interpreting():
     pytest.skip("the interpreter replaces what Triton would compile", allow_module_level=True)
 pytest.importorskip("triton")
 
-from benchmarks import codegen, codegen_cuda
+from tools.compile_table import cuda
+from tools.compile_table.__main__ import main
 
 
 def test_kernels_are_clean() -> None:
-    if codegen_cuda.why_not() is not None:
-        pytest.skip(f"CUDA C++: {codegen_cuda.why_not()}")
-    rows = list(codegen_cuda.rows(90))
+    if cuda.why_not() is not None:
+        pytest.skip(f"CUDA C++: {cuda.why_not()}")
+    rows = list(cuda.rows(90))
     assert len(rows) == 4 * 9  # per dtype: channels in vectors and single, planes and direct, both ways, and the finish
     assert [row["fault"] for row in rows] == [None] * len(rows)
     assert all(row["async_copies"] > 0 for row in rows if row["kernel"] == "pool_planes_kernel")
     assert all(row["shared_bytes"] <= 48 << 10 for row in rows)
-    assert codegen.main(["--module", "cuda", "--kernel", "planes", "--arch", "90", "--jobs", "1"]) == 0
+    assert main(["--module", "cuda", "--kernel", "planes", "--arch", "90", "--jobs", "1"]) == 0
 
 
 def test_faults_are_seen() -> None:
     symbol = "_ZN6annnet4cuda20pool_channels_kernelIfLi4EEEvNS0_8PoolArgsE"
     text = f" Function {symbol}:\n  REG:40 STACK:{{stack}} SHARED:0 LOCAL:0\n\t\tFunction : {symbol}\n{{code}}"
     clean, spilled, narrow = (
-        next(codegen_cuda.read(text.format(stack=stack, code=code), 90))
+        next(cuda.read(text.format(stack=stack, code=code), 90))
         for stack, code in (
             (0, "LDG.E.EF.128 R4, [R2.64] ;"),
             (16, "LDG.E.128 R4, [R2.64] ;\nSTL.64 [R1], R8 ;\nLDL R3, [R1] ;"),

@@ -13,7 +13,9 @@ import triton
 
 from annnet_kernels import native
 
-ROOT = Path(__file__).parent.parent
+from .machine_code import loops
+
+ROOT = Path(__file__).parents[2]
 MODULE = "cuda"
 """Its name among the modules of the table."""
 
@@ -57,6 +59,7 @@ def read(text: str, arch: int, name: str = "") -> Iterator[dict[str, Any]]:
             continue
         registers, stack, static = (int(number) for number in usage[symbol].groups()[1:])
         vector, wide = parts[3], len(_VECTOR.findall(body))
+        loop, loads = loops(body)
         faults = []
         # The stack holds spilled registers; a kernel without local arrays has no other use for it.
         spills = max(len(_SPILL.findall(body)), stack)
@@ -75,6 +78,9 @@ def read(text: str, arch: int, name: str = "") -> Iterator[dict[str, Any]]:
             "shared_bytes": static + (0 if "direct" in parts[1] else shared_limit()),
             "tensor_core": 0,
             "async_copies": len(_COPY.findall(body)),
+            "programs": 0,  # the shape decides how many threads a program has
+            "loop": loop,
+            "loop_loads": loads,
             "fault": ", ".join(faults) or None,
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ import triton.language as tl
 
 from annnet_kernels.kernels import asymmetric_attention
 from annnet_kernels.kernels.launch import Launch
-from benchmarks import codegen
+from tools.compile_table import expected, machine_code, table
+from tools.compile_table.__main__ import main
 
 
 @triton.jit
@@ -46,7 +48,7 @@ def product(dtype, m, n, k):
 
 
 def row(launch, dtype="float32", arch=80):
-    return codegen.compile_row(dtype, "plain", launch, arch)
+    return table.compile_row(dtype, "plain", launch, arch)
 
 
 def test_a_spill_is_seen():
@@ -74,23 +76,53 @@ def test_what_does_not_compile_is_a_fault():
 
 
 def test_every_module_of_launches_is_in_the_table():
-    for name in codegen.MODULES:
+    for name in table.MODULES:
         module = importlib.import_module(f"annnet_kernels.kernels.{name}")
-        assert next(module.launch_variants(codegen.DEVICES[90]))
+        assert next(module.launch_variants(table.DEVICES[90]))
 
 
 def attention_variants(arch, label, dtype="bfloat16"):
-    """One launch per kernel of the full backward and the forward."""
+    """One launch per kernel of the full backward, and the forward without and with a skip map."""
     chosen = {}
-    for name, layout, launch in codegen.variants(arch, ["asymmetric_attention"]):
+    for name, layout, launch in table.variants(arch, ["asymmetric_attention"]):
         if name == dtype and layout == label:
-            chosen.setdefault(launch.kernel.__name__, (name, layout, launch))
+            skip = launch.arguments.get("skip", (None,))[0] is not None
+            chosen.setdefault((launch.kernel.__name__, skip), (name, layout, launch))
     return list(chosen.values())
+
+
+LISTING = """
+        /*0000*/                   MOV R1, R2 ;
+        /*0010*/                   LDG.E R4, [R2.64] ;
+        /*0020*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0030*/                   LDG.E.128 R8, [R2.64] ;
+        /*0040*/                   LDGSTS.E.BYPASS.128 [R5], [R2.64] ;
+        /*0050*/               @P0 BRA 0x30 ;
+        /*0060*/                   FADD R1, R1, R4 ;
+        /*0070*/               @P1 BRA 0x20 ;
+        /*0080*/                   EXIT ;
+        /*0090*/                   BRA 0x90 ;
+"""
+
+
+def test_loops_of_a_listing():
+    """The inner loop has three instructions and one synchronous load; the outer one, and the trap at the end, none."""
+    assert machine_code.loops(LISTING) == (3, 1)
+    assert machine_code.loops(LISTING.replace("BRA 0x30", "NOP")) == (6, 1)
+
+
+@pytest.mark.parametrize(
+    ("registers", "warps", "kib", "arch", "programs"),
+    [(128, 8, 96, 90, 2), (129, 8, 96, 90, 1), (128, 8, 114, 90, 1), (255, 4, 72, 90, 2), (32, 8, 0, 86, 6)],
+)
+def test_programs_of_a_multiprocessor(registers, warps, kib, arch, programs):
+    assert machine_code.MachineCode(registers, 0, 0, 0).programs(arch, warps, kib * 1024) == programs
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_attention_kernels_compile_clean(arch):
-    rows = [codegen.compile_row(*v, arch) for v in attention_variants(arch, "channels_last, token-major tokens")]
+    label = "channels_last, token-major tokens, normalised"
+    rows = [table.compile_row(*v, arch) for v in attention_variants(arch, label)]
     assert {r.kernel for r in rows} >= {
         "asymmetric_attention_fwd_kernel",
         "asymmetric_attention_bwd_pixels_kernel",
@@ -98,12 +130,31 @@ def test_attention_kernels_compile_clean(arch):
     }
     assert [r.fault for r in rows] == [None] * len(rows)
     assert all(r.async_copies > 0 for r in rows if "tokens" in r.kernel or "fwd" in r.kernel)
+    assert expected.falls(rows) == []
+    if arch == 90:
+        known = expected.load()
+        assert known["triton"] != triton.__version__ or expected.worst(rows).keys() <= known["kernels"].keys()
+        assert {r.programs for r in rows if "sum_splits" not in r.kernel} == {2}
+        assert all(r.loop_loads == 0 for r in rows if "sum_splits" not in r.kernel)
+
+
+def test_a_fall_is_seen(monkeypatch):
+    row = table.Row("k", 90, "bfloat16", "channels_last", {}, 128, 0, 0, 1, 1, 2, 200, 0, None)
+    known = {"triton": triton.__version__, "kernels": expected.worst([row])}
+    monkeypatch.setattr(expected, "load", lambda: known)
+    assert expected.falls([row]) == []
+    assert expected.falls([replace(row, loop=219), replace(row, arch=80, programs=1)]) == []
+    for worse in (replace(row, programs=1), replace(row, loop=221), replace(row, loop_loads=1)):
+        (fall,) = expected.falls([row, worse])
+        assert fall.startswith("k: channels_last: expected {'programs': 2, 'loop': 200, 'loop_loads': 0}, got")
+    known["triton"] = "another"
+    assert expected.falls([replace(row, programs=1)]) == []
 
 
 def test_table_is_written_and_clean(tmp_path):
     file = tmp_path / "rows.json"
     arguments = ["--module", "asymmetric_attention", "--kernel", "sum_splits", "--arch", "90", "--jobs", "1"]
-    assert codegen.main([*arguments, "--json", str(file)]) == 0
+    assert main([*arguments, "--json", str(file)]) == 0
     rows = json.loads(file.read_text())
     assert {r["dtype"] for r in rows} == {"bfloat16", "float16", "float32"}
     assert {"kernel", "arch", "config", "registers", "spills", "shared_bytes", "tensor_core", "async_copies"} <= set(
@@ -119,7 +170,7 @@ def launches_of(size, channels_last, dtype=torch.bfloat16, widths=(256, 512, 110
     out = empty_map(like, (batch, value_channels, *size), channels_last)
     key, value = (empty_tokens(like, batch, c, tokens) for c in (key_channels, value_channels))
     logsumexp = like.new_empty((batch, size[0] * size[1]), dtype=torch.float32)
-    device = codegen.DEVICES[90]
+    device = table.DEVICES[90]
     operands = asymmetric_attention.Operands(query, None, key, value, 1.0, "ieee")
     forward = asymmetric_attention.plan_forward(operands, None, None, out, logsumexp, device)
     return forward + asymmetric_attention.plan_backward(out, operands, logsumexp, (query, key, value), device)
@@ -127,7 +178,7 @@ def launches_of(size, channels_last, dtype=torch.bfloat16, widths=(256, 512, 110
 
 def test_sizes_of_an_image_compile_nothing_new():
     """All sizes of one layout and alignment share their compiled kernels, and all are in the table."""
-    known = {codegen.specialise(launch, 90)[2] for _, _, launch in codegen.variants(90, ["asymmetric_attention"])}
+    known = {table.specialise(launch, 90)[2] for _, _, launch in table.variants(90, ["asymmetric_attention"])}
     for channels_last, sizes, most in (
         (True, ((97, 97), (128, 256), (33, 40), (65, 129), (96, 96)), 1),
         (False, ((96, 96), (128, 256), (64, 128)), 1),
@@ -136,7 +187,7 @@ def test_sizes_of_an_image_compile_nothing_new():
         keys = {}
         for size in sizes:
             for launch in launches_of(size, channels_last):
-                keys.setdefault(launch.kernel.__name__, set()).add(codegen.specialise(launch, 90)[2])
+                keys.setdefault(launch.kernel.__name__, set()).add(table.specialise(launch, 90)[2])
         for name, distinct in keys.items():
             # The token gradients of query and value are two launches of one kernel, and may be written at once.
             assert len(distinct) <= (4 if "tokens" in name else most), (name, channels_last)

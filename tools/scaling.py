@@ -1,4 +1,4 @@
-"""``python -m benchmarks scaling``: row shards measured on this machine's gloo, and a model of many GPUs.
+"""``python -m tools.scaling``: row shards measured on this machine's gloo, and a model of many GPUs.
 
 Measured: a training step of a block whose map 1, 2, 4, … processes share by rows. Modelled, from counted FLOP and
 bytes and from assumptions that are arguments:
@@ -15,10 +15,12 @@ import argparse
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import annnet_kernels as ak
-
-from . import machine
-from .counting import count
-from .records import save
+from benchmarks import machine
+from benchmarks.counting import count
+from benchmarks.records import save
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "AFNB": lambda: ak.AFNB(1024, 2048, 2048, 256, 256, dropout=0.0),
@@ -91,7 +92,7 @@ class Work:
 def work_of(kind: str, batch: int) -> Work:
     """Counted, not measured: FLOP are linear in the pixels, so two map sizes tell the slope and the rest."""
     sides = 16, 32
-    flops = [count(lambda side=side: _step_of(kind, batch, side, side)).flop for side in sides]
+    flops = [count(partial(_step_of, kind, batch, side, side)).flop for side in sides]
     slope = (flops[1] - flops[0]) / (sides[1] ** 2 - sides[0] ** 2)
     sent = ak.parallel.traffic(BLOCKS[kind](), batch)
     return Work(slope, flops[0] - slope * sides[0] ** 2, sent.messages, sent.bytes)
@@ -186,9 +187,11 @@ def _timed(call: Callable[[], Any], repetitions: int) -> list[float]:
     return slowest.tolist()
 
 
-def add_command(commands: Any) -> None:
-    """The sub-command and its arguments."""
-    parser = commands.add_parser("scaling", help="one map over several processes: measured on gloo, modelled for GPUs")
+def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
+    """Measure, model, print and record."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--blocks", nargs="+", choices=BLOCKS, default=list(BLOCKS))
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--batch", type=int, default=1)
@@ -198,14 +201,15 @@ def add_command(commands: Any) -> None:
     for name, default in asdict(Assumptions()).items():
         parser.add_argument(f"--{name}", type=float, default=default, help=f"assumed (default {default:g})")
     parser.add_argument("--out", type=Path, default=Path("bench-results/scaling.json"), help="the record")
-    parser.set_defaults(action=run)
-
-
-def run(chosen: argparse.Namespace, console: Console) -> int:
-    """Measure, model, print and record."""
-    height, width = chosen.map
+    chosen = parser.parse_args(arguments)
+    height = chosen.map[0]
     if min(chosen.processes) < 1 or height < max(chosen.processes):
-        raise ValueError(f"--processes: expected from 1 to the {height} rows of the map, got {chosen.processes}")
+        parser.error(f"--processes: expected from 1 to the {height} rows of the map, got {chosen.processes}")
+    return _run(chosen, console or Console())
+
+
+def _run(chosen: argparse.Namespace, console: Console) -> int:
+    height, width = chosen.map
     given = Assumptions(chosen.rate, chosen.latency, chosen.bandwidth)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
@@ -292,3 +296,7 @@ def _model_table(kind: str, batch: int, work: Work, given: Assumptions) -> Table
         ]
         table.add_row(f"{height}×{width}", *cells, str(work.last_that_pays(pixels, given)))
     return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
