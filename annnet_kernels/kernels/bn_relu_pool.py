@@ -11,16 +11,16 @@ from ..layouts import empty_map, empty_tokens
 from ..pyramid import POOL_SIZES, num_tokens
 from .bn_relu_pool_kernels import bn_relu_bwd_kernel, bn_relu_sum_parts_kernel
 from .launch import Device, Launch, device_of, run_all
+from .operands import strides_argument, token_strides_argument
 from .pyramid_pool import (
     LEAST_SPREAD_ROWS,
+    is_token_major,
     layout_examples,
     layout_of,
     levels_argument,
     parts_of,
     plan_forward,
-    stride_arguments,
-    tile_arguments,
-    token_arguments,
+    walk_argument,
 )
 from .tiles import pool_tile
 
@@ -66,7 +66,7 @@ def plan_sums(
     launch, parts = _plan_pass(y, norm, grad_tokens, grad_map, None, None, heights, widths, device)
     size = sums.numel()
     arguments = {
-        "partial_ptr": launch.arguments["partial_ptr"],
+        "partial_ptr": launch.arguments["out_ptr"],
         "sums_ptr": sums,
         "parts": parts,
         "size": size,
@@ -109,23 +109,23 @@ def _plan_pass(
     tile = pool_tile(layout.inner, layout.vector, y.dtype, light=False)
     parts = parts_of(y, layout, tile, LEAST_SPREAD_ROWS, device)
     count = y.shape[0] * parts.splits * parts.tiles
+    token_major = grad_tokens is not None and is_token_major(grad_tokens, layout)
     arguments = {
         "y_ptr": y,
         "norm_ptr": norm.contiguous(),
         "grad_ptr": grad_tokens,
         "map_ptr": grad_map,
         "mean_sums_ptr": mean_sums,
-        "dy_ptr": dy,
-        "partial_ptr": norm.new_empty((count, 2, y.shape[1])) if dy is None else None,
+        "out_ptr": norm.new_empty((count, 2, y.shape[1])) if dy is None else dy,
         **parts.sizes,
-        **stride_arguments("y", y),
-        **token_arguments(grad_tokens, layout),
-        **stride_arguments("map", grad_map),
-        **stride_arguments("dy", dy),
-        "LEVELS": levels_argument(heights, widths),
-        **tile_arguments(layout, tile),
-        "ROWS_AHEAD": tile.rows_ahead,
-        "STAGES": tile.stages,
+        "y_strides": strides_argument(y),
+        "y_row_stride": y.stride(2),
+        "grad_strides": token_strides_argument(grad_tokens, token_major),
+        "map_strides": strides_argument(grad_map),
+        "map_row_stride": 0 if grad_map is None else grad_map.stride(2),
+        "dy_strides": strides_argument(dy),
+        "dy_row_stride": None if dy is None else dy.stride(2),
+        "walk": walk_argument(layout, tile, levels_argument(heights, widths)),
     }
     return Launch(bn_relu_bwd_kernel, (parts.programs,), arguments, tile.warps, tile.stages, tile.max_registers), count
 

@@ -60,8 +60,8 @@ def test_a_lane_of_several_classes(dtype):
     """More classes than lanes: each lane has several, and the last group not all."""
     classes = 43
     tile = gradient_tile(classes, 2)
-    assert tile["LANE_CLASSES"] > 1
-    assert classes % (tile["LANE_CLASSES"] * tile["BLOCK_CLASSES"]) != 0
+    assert tile.lane_classes > 1
+    assert classes % (tile.lane_classes * tile.classes) != 0
     assert_accurate((1, classes, 2, 2), (4, 3), dtype, "triton", device=DEVICE, seeds=SEEDS)
 
 
