@@ -90,7 +90,7 @@ gpu:
 gpu-full:
 	BUDGET=$(BUDGET) OUT=$(OUT) $(PYTHON) -m tools.gpu --full
 
-rehearse: $(TEST_READY) $(NATIVE_READY)  ## the GPU campaign without a GPU: every stage in its real process, kernels compiled for sm_90
+rehearse: $(BENCH_READY)  ## the GPU campaign without a GPU: every stage in its real process, kernels compiled for sm_90
 	$(BIN)/python -m tools.gpu.rehearsal
 
 ARCH ?= 90

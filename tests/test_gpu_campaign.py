@@ -23,7 +23,7 @@ if sys.platform != "linux":
 pytest.importorskip("triton")
 
 from benchmarks.records import load
-from tools.gpu import __main__ as command, measuring, products, profiling, stages, summary, tree
+from tools.gpu import __main__ as command, measuring, products, profiling, rehearsal, stages, summary, tree, warming
 from tools.gpu.campaign import Campaign
 from tools.gpu.lines import outcomes_in
 from tools.gpu.stages import Stage
@@ -50,6 +50,22 @@ def test_the_first_call_fits_into_its_budget():
     alone = sum(stage.seconds for stage in stages.STAGES if not stage.full and stage.together is None)
     together = max(stage.seconds for stage in stages.STAGES if stage.together is not None)
     assert alone + together <= 540 - 15
+
+
+def test_warm_up_that_takes_too_long_on_16_cores_is_wrong():
+    shares = [stage.name for stage in stages.STAGES if stage.step == "warm-up"]
+    for seconds, fits in ((20.0, True), (60.0, False)):
+        record = {"stages": {name: {"cpu_seconds": seconds} for name in shares}}
+        assert rehearsal.fits(record) == fits
+
+
+def test_the_shares_of_the_warm_up_are_all_of_it(monkeypatch):
+    compiled = []
+    monkeypatch.setattr("triton.runtime.jit.JITFunction.warmup", lambda kernel, **_: compiled.append(kernel.__name__))
+    wanted = [launch.kernel.__name__ for launch in warming.launches(CPU)]
+    assert {"asymmetric_attention_fwd_kernel", "pyramid_pool_fwd_kernel", "batch_norm_map_kernel"} <= set(wanted)
+    assert sum(warming.compile_share(n, 3, CPU) for n in (1, 2, 3)) == len(wanted)
+    assert sorted(compiled) == sorted(wanted)
 
 
 def test_names_of_stages_are_unique_and_their_cases_exist():
@@ -206,6 +222,16 @@ def test_a_step_whose_time_was_over_is_gone_on_with(tmp_path):
     assert campaign.run([stage])
     assert store.entry(stage)["status"] == PARTIAL
     assert campaign.is_due(stage)
+
+
+def test_no_more_stages_run_at_once_than_asked_for(tmp_path):
+    busy = str(tmp_path / "busy")  # a second process cannot make this folder while a first one has it
+    code = f"import os, time; os.mkdir({busy!r}); time.sleep(0.5); os.rmdir({busy!r})"
+    store = Store(tmp_path / "record", None, command.new_record())
+    group = [Stage(name, "x", together="first") for name in ("one", "two", "three")]
+    campaign = Campaign(store, 100.0, "t", lambda *_: [sys.executable, "-c", code], reserve=0.0, at_once=1)
+    assert campaign.run(group)
+    assert [store.entry(stage)["status"] for stage in group] == [DONE] * 3
 
 
 def test_rich_is_not_needed():

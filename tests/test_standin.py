@@ -68,6 +68,31 @@ def test_a_grid_that_no_gpu_takes_is_refused():
     assert done.stdout.split() == ["0", "1", "1", "1", "1"], done.stderr
 
 
+GRID_OF_A_LAUNCH = """
+import sys
+from tools import standin
+standin.install("record")
+import torch
+import annnet_kernels as ak
+from annnet_kernels.kernels.launch import Launch
+run = Launch.run
+def with_grid(launch):
+    object.__setattr__(launch, "grid", eval(sys.argv[1]))
+    run(launch)
+Launch.run = with_grid
+ak.pyramid_pool(torch.randn(3, 20, 40, 33))
+"""
+
+
+@pytest.mark.parametrize(("grid", "fits"), [("(2**31 - 1, 65535)", True), ("(2**31,)", False), ("(1, 65536)", False)])
+def test_a_recorded_grid_is_checked_too(grid, fits):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", GRID_OF_A_LAUNCH, grid]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode == 0) == fits, done.stderr
+    assert ("refuses the grid" in done.stderr) != fits
+
+
 def test_an_unknown_mode_is_named():
     from tools import standin
 

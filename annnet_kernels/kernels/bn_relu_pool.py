@@ -12,17 +12,17 @@ from ..layouts import empty_map, empty_tokens
 from ..pyramid import POOL_SIZES, num_tokens
 from .bn_relu_pool_kernels import bn_relu_bwd_kernel, bn_relu_sum_parts_kernel
 from .launch import Device, Launch, device_of
+from .operands import strides_argument, token_strides_argument
 from .plans import planned, scratch
 from .pyramid_pool import (
     LEAST_SPREAD_ROWS,
+    is_token_major,
     layout_examples,
     layout_of,
     levels_argument,
     parts_of,
     plan_forward,
-    stride_arguments,
-    tile_arguments,
-    token_arguments,
+    walk_argument,
 )
 from .tiles import pool_tile
 
@@ -80,7 +80,7 @@ def plan_sums(
     launch, parts = _plan_pass(y, norm, gradients, None, heights, widths, device)
     size = sums.numel()
     arguments = {
-        "partial_ptr": launch.arguments["partial_ptr"],
+        "partial_ptr": launch.arguments["out_ptr"],
         "sums_ptr": sums,
         "parts": parts,
         "size": size,
@@ -119,24 +119,25 @@ def _plan_pass(
     tile = pool_tile(layout.inner, layout.vector, y.dtype, light=False)
     parts = parts_of(y, layout, tile, LEAST_SPREAD_ROWS, device)
     count = y.shape[0] * parts.splits * parts.tiles
+    tokens = gradients.tokens
+    token_major = tokens is not None and is_token_major(tokens, layout)
     arguments = {
         "y_ptr": y,
         "norm_ptr": norm.contiguous(),
-        "grad_ptr": gradients.tokens,
+        "grad_ptr": tokens,
         "map_ptr": gradients.map,
         "sums_ptr": gradients.sums,
         "per_value": 1.0 / max(gradients.values, 1),
-        "dy_ptr": dy,
-        "partial_ptr": scratch(norm, (count, 2, y.shape[1])) if dy is None else None,
+        "out_ptr": scratch(norm, (count, 2, y.shape[1])) if dy is None else dy,
         **parts.sizes,
-        **stride_arguments("y", y),
-        **token_arguments(gradients.tokens, layout),
-        **stride_arguments("map", gradients.map),
-        **stride_arguments("dy", dy),
-        "LEVELS": levels_argument(heights, widths),
-        **tile_arguments(layout, tile),
-        "ROWS_AHEAD": tile.rows_ahead,
-        "STAGES": tile.stages,
+        "y_strides": strides_argument(y),
+        "y_row_stride": y.stride(2),
+        "grad_strides": token_strides_argument(tokens, token_major),
+        "map_strides": strides_argument(gradients.map),
+        "map_row_stride": 0 if gradients.map is None else gradients.map.stride(2),
+        "dy_strides": strides_argument(dy),
+        "dy_row_stride": None if dy is None else dy.stride(2),
+        "walk": walk_argument(layout, tile, levels_argument(heights, widths)),
     }
     return Launch(bn_relu_bwd_kernel, (parts.programs,), arguments, tile.warps, tile.stages, tile.max_registers), count
 

@@ -40,6 +40,35 @@ class Tokens(NamedTuple):
     token_stride: Any
 
 
+class Strides(NamedTuple):
+    """Strides of a (B, C, H, W) or (B, H, W) tensor that no compiled variant depends on: each is made by ``run_time``.
+
+    A stride that a loop needs is an argument of its own too, named in ``do_not_specialize``: what ``integer`` makes of
+    it would be held in registers throughout (gradient of a normed map in bfloat16, sm_90: 135 against 128).
+    """
+
+    batch: Any
+    channel: Any
+    row: Any
+    column: Any
+
+
+class Strided(NamedTuple):
+    """A tensor by its strides; of one that is not there ``pointer`` is None."""
+
+    pointer: Any
+    strides: Any
+
+
+class TokenStrides(NamedTuple):
+    """Strides of a (B, C, T) tensor, likewise. ``token_major``, constexpr: the channels of a token are side by side."""
+
+    batch: Any
+    channel: Any
+    token: Any
+    token_major: Any
+
+
 class Chunk(NamedTuple):
     """How channels are walked, constexpr: ``size`` at a time, ``masked`` where that does not divide their count."""
 
@@ -63,6 +92,42 @@ def map_argument(x: Tensor | None) -> Map:
 def tokens_argument(x: Tensor) -> Tokens:
     """``x`` as a kernel argument."""
     return Tokens(x, *x.shape[1:], *x.stride())
+
+
+_OFFSET = 2**40
+_BEYOND_32_BITS = tl.constexpr(_OFFSET)
+
+
+def run_time(value: int) -> int:
+    """``value`` as part of a tuple, so that no compiled variant depends on it; kernels take it back by ``integer``.
+
+    Triton specialises whole numbers inside of a tuple on 1, on divisibility by 16 and on whether they fit 32 bits, even
+    if ``do_not_specialize`` names the tuple. An odd number beyond 32 bits is the same to it whatever the value.
+    """
+    return 2 * (value + _OFFSET) + 1
+
+
+@triton.jit
+def integer(value):
+    """What ``run_time`` was given, 64-bit."""
+    return (value >> 1) - _BEYOND_32_BITS
+
+
+def strides_argument(x: Tensor | None) -> Strides:
+    """Strides of a map; zeros where there is none."""
+    batch, *channel, row, column = (0, 0, 0) if x is None else x.stride()
+    return Strides(*map(run_time, (batch, *(channel or [0]), row, column)))
+
+
+def strided_argument(x: Tensor | None) -> Strided:
+    """``x`` as a kernel argument."""
+    return Strided(x, strides_argument(x))
+
+
+def token_strides_argument(x: Tensor | None, token_major: bool) -> TokenStrides:
+    """Strides of tokens; zeros where there are none."""
+    batch, channel, token = (0, 0, 0) if x is None else x.stride()
+    return TokenStrides(run_time(batch), run_time(channel), run_time(token), tl.constexpr(token_major))
 
 
 def chunk_argument(channels: int, size: int) -> Chunk:
@@ -120,6 +185,13 @@ def load_norm(norm_ptr, n_channels, channels, AXIS: tl.constexpr):
 
 
 @triton.jit
+def rectified(values, mean, invstd, weight, bias):
+    """relu((y − mean) · invstd · weight + bias) in float32; a NaN stays NaN (maximum(z, 0) would drop it)."""
+    normal = (values.to(tl.float32) - mean) * invstd * weight + bias
+    return tl.where(normal <= 0.0, 0.0, normal)
+
+
+@triton.jit
 def load_map(map, norm, pixels, inside, first, chunk):
     """(pixels, chunk) from channel ``first`` on, zero outside; with ``norm``, a table (4, C), relu(bn) of them.
 
@@ -130,9 +202,7 @@ def load_map(map, norm, pixels, inside, first, chunk):
     if norm is not None:
         channels = first + tl.arange(0, chunk.size)
         mean, invstd, weight, bias = load_norm(norm, map.channels, channels, 0)
-        normal = (values.to(tl.float32) - mean) * invstd * weight + bias
-        # Not maximum(normal, 0), which turns NaN into 0.
-        values = tl.where(normal < 0.0, 0.0, normal).to(values.dtype)
+        values = rectified(values, mean, invstd, weight, bias).to(values.dtype)
     return values
 
 

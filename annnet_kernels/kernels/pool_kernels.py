@@ -9,7 +9,7 @@ A cut between two rows crosses at most one bin per level, since neighbouring bin
 bin + split numbers the pairs of a bin and a split that meet, and a level of h × w bins has (h + R − 1) · (w + K − 1)
 partial sums.
 
-``LEVELS`` holds per level h, w and the sums over the earlier levels of h · w, h and w.
+``levels`` holds per level h, w and the sums over the earlier levels of h · w, h and w.
 """
 
 # mypy: disable-error-code="assignment"
@@ -20,8 +20,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .operands import load_norm
+from .operands import load_norm, rectified
 from .pool_walk import (
+    SIZES,
     bin_edges,
     bins_between,
     first_rows,
@@ -30,8 +31,6 @@ from .pool_walk import (
     part_mask,
     part_offsets,
     part_origin,
-    rectified,
-    run_time,
     store_channels,
 )
 
@@ -39,59 +38,44 @@ _POINTERS = ["x_ptr", "norm_ptr", "out_ptr", "partial_ptr"]
 
 
 @triton.jit
-def token_count(LEVELS: tl.constexpr):
+def token_count(levels):
     """T."""
-    last: tl.constexpr = len(LEVELS) - 1
-    return LEVELS[last][2] + LEVELS[last][0] * LEVELS[last][1]
+    last: tl.constexpr = len(levels) - 1
+    return levels[last][2] + levels[last][0] * levels[last][1]
 
 
 @triton.jit
-def token_index(i, j, transposed, LEVELS: tl.constexpr, level: tl.constexpr):
+def token_index(i, j, transposed, levels, level: tl.constexpr):
     """Number of the token of bin (i, j) of the walk, whose rows are the map's columns where it is ``transposed``."""
-    return LEVELS[level][2] + tl.where(transposed != 0, j * LEVELS[level][0] + i, i * LEVELS[level][1] + j)
+    return levels[level][2] + tl.where(transposed != 0, j * levels[level][0] + i, i * levels[level][1] + j)
 
 
 @triton.jit
-def partial_slot(i, split, j, tile, n_splits, n_tiles, LEVELS: tl.constexpr, level: tl.constexpr):
+def partial_slot(i, split, j, tile, n_splits, n_tiles, levels, level: tl.constexpr):
     """Index of the partial sum of bin (i, j) in a split and a tile: those of earlier levels come first."""
     row_cuts, column_cuts = n_splits - 1, n_tiles - 1
-    first = LEVELS[level][2] + LEVELS[level][3] * column_cuts + LEVELS[level][4] * row_cuts
+    first = levels[level][2] + levels[level][3] * column_cuts + levels[level][4] * row_cuts
     first += level * row_cuts * column_cuts
-    return first + (i + split) * (LEVELS[level][1] + column_cuts) + j + tile
+    return first + (i + split) * (levels[level][1] + column_cuts) + j + tile
 
 
 @triton.jit
-def partial_count(n_splits, n_tiles, LEVELS: tl.constexpr):
+def partial_count(n_splits, n_tiles, levels):
     """How many partial sums one image has per channel."""
-    last: tl.constexpr = len(LEVELS) - 1
-    i, j = LEVELS[last][0] - 1, LEVELS[last][1] - 1
-    return partial_slot(i, n_splits - 1, j, n_tiles - 1, n_splits, n_tiles, LEVELS, last) + 1
+    last: tl.constexpr = len(levels) - 1
+    i, j = levels[last][0] - 1, levels[last][1] - 1
+    return partial_slot(i, n_splits - 1, j, n_tiles - 1, n_splits, n_tiles, levels, last) + 1
 
 
 @triton.jit
 def _write_row_bin(
-    sums,
-    i,
-    row_start,
-    row_end,
-    out,
-    partial,
-    channels,
-    columns,
-    n_channels,
-    width,
-    part,
-    n_splits,
-    n_tiles,
-    transposed,
-    LEVELS: tl.constexpr,
-    level: tl.constexpr,
-    INNER: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    sums, i, row_start, row_end, out, partial, channels, columns, n_channels, width, part, cuts, transposed,
+    level: tl.constexpr, walk,
+):  # fmt: skip
     """Sum row bin ``i`` over each column bin it meets; write finished tokens to ``out``, the others as partial sums."""
-    top, bottom, split, left, right, tile = part
-    COLUMNS: tl.constexpr = LEVELS[level][1]
+    (split, top, bottom), (tile, left, right) = part
+    n_splits, n_tiles = cuts
+    COLUMNS: tl.constexpr = walk.levels[level][1]
     first, stop = bins_between(left, right, width, COLUMNS)
     for j in range(first, stop):
         start, end, _ = bin_edges(j, width, COLUMNS)
@@ -99,14 +83,14 @@ def _write_row_bin(
         total = tl.sum(tl.where(inside[None, :], sums, 0.0), axis=1)
         if (row_start >= top) & (row_end <= bottom) & (start >= left) & (end <= right):
             mean = total * (1.0 / ((row_end - row_start) * (end - start)).to(tl.float32))
-            token = token_index(i, j, transposed, LEVELS, level)
-            store_channels(out + token * n_channels, mean, channels, n_channels, INNER, VECTOR)
+            token = token_index(i, j, transposed, walk.levels, level)
+            store_channels(out + token * n_channels, mean, channels, n_channels, walk)
         else:
-            slot = partial_slot(i, split, j, tile, n_splits, n_tiles, LEVELS, level)
-            store_channels(partial + slot * n_channels, total, channels, n_channels, INNER, VECTOR)
+            slot = partial_slot(i, split, j, tile, n_splits, n_tiles, walk.levels, level)
+            store_channels(partial + slot * n_channels, total, channels, n_channels, walk)
 
 
-@triton.jit(do_not_specialize=[*run_time("x"), "transposed"], do_not_specialize_on_alignment=_POINTERS)
+@triton.jit(do_not_specialize=[*SIZES, "transposed", "x_row_stride"], do_not_specialize_on_alignment=_POINTERS)
 def pyramid_pool_fwd_kernel(
     x_ptr,
     norm_ptr,
@@ -118,62 +102,46 @@ def pyramid_pool_fwd_kernel(
     tile_columns,
     split_rows,
     transposed,
-    x_batch_stride: tl.int64,
-    x_channel_stride: tl.int64,
+    x_strides,
     x_row_stride: tl.int64,
-    x_column_stride: tl.int64,
-    LEVELS: tl.constexpr,
-    INNER: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    ROWS_AHEAD: tl.constexpr,
-    STAGES: tl.constexpr,
+    walk,
 ):
     """Every token of x, or of relu((x − mean) · invstd · weight + bias) where their table, norm (4, C), is given.
 
-    Grid: (B · ⌈C / BLOCK_CHANNELS⌉ · R · K,). x (B, C, H, W) by strides, out (B, T, C), partial (B, slots, C) float32.
-    ``transposed``: x comes with rows and columns exchanged, ``LEVELS`` too, but tokens are numbered as ever.
+    Grid: (B · ⌈C / walk.channels⌉ · R · K,). x (B, C, H, W) by strides, out (B, T, C), partial (B, slots, C) float32.
+    ``transposed``: x comes with rows and columns exchanged, the levels too, but tokens are numbered as ever.
     """
-    batch, first_channel, tile, split = own_part(
-        n_channels, height, width, tile_columns, split_rows, INNER, BLOCK_CHANNELS
-    )
+    batch, first_channel, own_rows, own_columns = own_part(n_channels, height, width, tile_columns, split_rows, walk)
+    _, top, bottom = own_rows
+    _, left, right = own_columns
+    part = (own_rows, own_columns)
     n_tiles = tl.cdiv(width, tile_columns)
     n_splits = tl.cdiv(height, split_rows)
-    left = tile * tile_columns
-    right = tl.minimum(left + tile_columns, width)
-    top = split * split_rows
-    bottom = tl.minimum(top + split_rows, height)
-    part = (top, bottom, split, left, right, tile)
-    channels = first_channel + tl.arange(0, BLOCK_CHANNELS)
-    columns = left + tl.arange(0, BLOCK_COLUMNS)
+    channels = first_channel + tl.arange(0, walk.channels)
+    columns = left + tl.arange(0, walk.columns)
 
-    out = out_ptr + batch * token_count(LEVELS) * n_channels
-    partial = partial_ptr + batch * partial_count(n_splits, n_tiles, LEVELS) * n_channels
+    out = out_ptr + batch * token_count(walk.levels) * n_channels
+    partial = partial_ptr + batch * partial_count(n_splits, n_tiles, walk.levels) * n_channels
 
-    segment = tl.zeros((BLOCK_CHANNELS, BLOCK_COLUMNS), tl.float32)
+    segment = tl.zeros((walk.channels, walk.columns), tl.float32)
     sums = ()
     bins = ()
     cut = bottom
-    for level in tl.static_range(len(LEVELS)):
-        i = top * LEVELS[level][0] // height
-        _, end, following = bin_edges(i, height, LEVELS[level][0])
+    for level in tl.static_range(len(walk.levels)):
+        i = top * walk.levels[level][0] // height
+        _, end, following = bin_edges(i, height, walk.levels[level][0])
         cut = tl.minimum(cut, tl.where(following > top, following, end))
         sums += (segment,)
         bins += (i,)
 
-    offsets = part_offsets(x_channel_stride, x_column_stride, INNER, BLOCK_CHANNELS, BLOCK_COLUMNS)
-    mask = part_mask(channels, columns, n_channels, right, INNER, VECTOR)
+    offsets = part_offsets(x_strides, walk)
+    mask = part_mask(channels, columns, n_channels, right, walk)
     if norm_ptr is not None:
         mean, invstd, weight, bias = load_norm(norm_ptr, n_channels, channels, 1)
-    origin = x_ptr + part_origin(
-        batch, first_channel, top, left, x_batch_stride, x_channel_stride, x_row_stride, x_column_stride, INNER
-    )
-    ahead = first_rows(origin, x_row_stride, offsets, mask, bottom - top, INNER, VECTOR, ROWS_AHEAD)
-    for r in tl.range(top, bottom, num_stages=STAGES):
-        values, ahead = next_row(
-            ahead, origin, x_row_stride, offsets, mask, r - top, bottom - top, INNER, VECTOR, ROWS_AHEAD
-        )
+    origin = x_ptr + part_origin(batch, first_channel, top, left, x_strides, walk)
+    ahead = first_rows(origin, x_row_stride, offsets, mask, bottom - top, walk)
+    for r in tl.range(top, bottom, num_stages=walk.stages):
+        values, ahead = next_row(ahead, origin, x_row_stride, offsets, mask, r - top, bottom - top, walk)
         if norm_ptr is not None:
             values = tl.where(mask, rectified(values, mean, invstd, weight, bias), 0.0)
 
@@ -183,25 +151,25 @@ def pyramid_pool_fwd_kernel(
             new_sums = ()
             new_bins = ()
             cut = bottom
-            for level in tl.static_range(len(LEVELS)):
+            for level in tl.static_range(len(walk.levels)):
                 total = sums[level] + segment
                 i = bins[level]
-                start, end, following = bin_edges(i, height, LEVELS[level][0])
+                start, end, following = bin_edges(i, height, walk.levels[level][0])
                 # Also where a split ends. More than one bin can end only where there are more bins than rows.
                 while (start <= r) & (tl.minimum(end, bottom) == r + 1):
                     _write_row_bin(
-                        total, i, start, end, out, partial, channels, columns, n_channels, width, part, n_splits,
-                        n_tiles, transposed, LEVELS, level, INNER, VECTOR,
+                        total, i, start, end, out, partial, channels, columns, n_channels, width, part,
+                        (n_splits, n_tiles), transposed, level, walk,
                     )  # fmt: skip
                     i += 1
-                    start, end, following = bin_edges(i, height, LEVELS[level][0])
+                    start, end, following = bin_edges(i, height, walk.levels[level][0])
                     total = tl.where(start <= r, segment, 0.0)
                 cut = tl.minimum(cut, tl.where(following > r + 1, following, end))
                 new_sums += (total,)
                 new_bins += (i,)
             sums = new_sums
             bins = new_bins
-            segment = tl.zeros((BLOCK_CHANNELS, BLOCK_COLUMNS), tl.float32)
+            segment = tl.zeros((walk.channels, walk.columns), tl.float32)
 
 
 @triton.jit
@@ -216,11 +184,11 @@ def _combine_token(
     width,
     tile_columns,
     split_rows,
-    LEVELS: tl.constexpr,
+    levels,
     level: tl.constexpr,
 ):
-    top, bottom, _ = bin_edges(i, height, LEVELS[level][0])
-    left, right, _ = bin_edges(j, width, LEVELS[level][1])
+    top, bottom, _ = bin_edges(i, height, levels[level][0])
+    left, right, _ = bin_edges(j, width, levels[level][1])
     first_split, last_split = top // split_rows, (bottom - 1) // split_rows
     first_tile, last_tile = left // tile_columns, (right - 1) // tile_columns
     if (first_split < last_split) | (first_tile < last_tile):
@@ -228,13 +196,13 @@ def _combine_token(
         total = tl.zeros(exists.shape, tl.float32)
         for split in range(first_split, last_split + 1):
             for tile in range(first_tile, last_tile + 1):
-                slot = partial_slot(i, split, j, tile, n_splits, n_tiles, LEVELS, level)
+                slot = partial_slot(i, split, j, tile, n_splits, n_tiles, levels, level)
                 total += tl.load(partial + slot * n_channels, mask=exists, other=0.0)
         mean = total * (1.0 / ((bottom - top) * (right - left)).to(tl.float32))
         tl.store(out, mean.to(out.dtype.element_ty), mask=exists)
 
 
-@triton.jit(do_not_specialize=[*run_time(), "transposed"], do_not_specialize_on_alignment=_POINTERS)
+@triton.jit(do_not_specialize=[*SIZES, "transposed"], do_not_specialize_on_alignment=_POINTERS)
 def pyramid_pool_combine_kernel(
     partial_ptr,
     out_ptr,
@@ -244,7 +212,7 @@ def pyramid_pool_combine_kernel(
     tile_columns,
     split_rows,
     transposed,
-    LEVELS: tl.constexpr,
+    levels,
     BLOCK_CHANNELS: tl.constexpr,
 ):
     """Tokens on a cut: the sum of their parts, split by split and tile by tile, over the area.
@@ -258,16 +226,16 @@ def pyramid_pool_combine_kernel(
     n_tiles = tl.cdiv(width, tile_columns)
     n_splits = tl.cdiv(height, split_rows)
 
-    out = out_ptr + (batch * token_count(LEVELS) + token) * n_channels + channels
-    partial = partial_ptr + batch * partial_count(n_splits, n_tiles, LEVELS) * n_channels + channels
+    out = out_ptr + (batch * token_count(levels) + token) * n_channels + channels
+    partial = partial_ptr + batch * partial_count(n_splits, n_tiles, levels) * n_channels + channels
 
-    for level in tl.static_range(len(LEVELS)):
-        index = token - LEVELS[level][2]
-        if (index >= 0) & (index < LEVELS[level][0] * LEVELS[level][1]):
+    for level in tl.static_range(len(levels)):
+        index = token - levels[level][2]
+        if (index >= 0) & (index < levels[level][0] * levels[level][1]):
             # The bins side by side in the order of tokens are those of one row, or of one column.
-            per_line = tl.where(transposed != 0, LEVELS[level][0], LEVELS[level][1])
+            per_line = tl.where(transposed != 0, levels[level][0], levels[level][1])
             line, place = index // per_line, index % per_line
             _combine_token(
                 tl.where(transposed != 0, place, line), tl.where(transposed != 0, line, place), out, partial,
-                n_channels, exists, height, width, tile_columns, split_rows, LEVELS, level,
+                n_channels, exists, height, width, tile_columns, split_rows, levels, level,
             )  # fmt: skip

@@ -9,16 +9,32 @@ those of ``pyramid.bin_edges``, made by integer arithmetic in the kernel: no tab
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
+from .operands import integer
+
 SIZES = ("n_channels", "height", "width", "tile_columns", "split_rows")
+"""Numbers of a call that are not in the key of a compiled variant; strides are made so by ``operands.run_time``."""
 
 
-def run_time(*names: str) -> list[str]:
-    """Sizes, and the strides of these operands: none is in the key of a compiled variant."""
-    dimensions = ("batch", "channel", "row", "column", "token")
-    return [*SIZES, *(f"{name}_{dimension}_stride" for name in names for dimension in dimensions)]
+class Walk(NamedTuple):
+    """How a part is walked, constexpr: with the dtype, all that a compiled variant depends on.
+
+    ``inner`` is the dimension with stride 1, ``vector`` the elements of an aligned vector along it, ``channels`` and
+    ``columns`` are the size of a tile, ``rows_ahead`` and ``stages`` say how rows are loaded ahead of their use.
+    ``levels`` holds per level h, w and the sums over the earlier levels of h · w, h and w.
+    """
+
+    inner: Any
+    vector: Any
+    channels: Any
+    columns: Any
+    rows_ahead: Any
+    stages: Any
+    levels: Any
 
 
 @triton.jit
@@ -35,17 +51,17 @@ def bins_between(left, right, length, BINS: tl.constexpr):
 
 
 @triton.jit
-def own_part(n_channels, height, width, tile_columns, split_rows, INNER: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """Image, first channel, column tile and row split of this program.
+def own_part(n_channels, height, width, tile_columns, split_rows, walk):
+    """Image, first channel, and of this program's split and tile: number, first row or column, and the end.
 
     Programs that follow each other read neighbouring memory: channel blocks of the same pixels in channels_last, the
     column tiles of the same rows otherwise.
     """
-    n_blocks = tl.cdiv(n_channels, BLOCK_CHANNELS)
+    n_blocks = tl.cdiv(n_channels, walk.channels)
     n_tiles = tl.cdiv(width, tile_columns)
     n_splits = tl.cdiv(height, split_rows)
     index = tl.program_id(0)
-    if INNER == "channels":
+    if walk.inner == "channels":
         block = index % n_blocks
         index = index // n_blocks
         tile = index % n_tiles
@@ -59,69 +75,62 @@ def own_part(n_channels, height, width, tile_columns, split_rows, INNER: tl.cons
         index = index // n_splits
         block = index % n_blocks
         batch = index // n_blocks
-    return batch.to(tl.int64), block * BLOCK_CHANNELS, tile, split
+    top = split * split_rows
+    left = tile * tile_columns
+    rows = (split, top, tl.minimum(top + split_rows, height))
+    columns = (tile, left, tl.minimum(left + tile_columns, width))
+    return batch.to(tl.int64), block * walk.channels, rows, columns
 
 
 @triton.jit
-def part_origin(
-    batch, channel, row, column, batch_stride, channel_stride, row_stride, column_stride, INNER: tl.constexpr
-):
+def part_origin(batch, channel, row, column, strides, walk):
     """64-bit offset of the first element of a part."""
-    origin = batch * batch_stride + tl.cast(row, tl.int64) * row_stride
-    if INNER == "channels":
-        return origin + channel + tl.cast(column, tl.int64) * column_stride
-    elif INNER == "columns":
-        return origin + tl.cast(channel, tl.int64) * channel_stride + column
+    origin = batch * integer(strides.batch) + row * integer(strides.row)
+    if walk.inner == "channels":
+        return origin + channel + column * integer(strides.column)
+    elif walk.inner == "columns":
+        return origin + channel * integer(strides.channel) + column
     else:
-        return origin + tl.cast(channel, tl.int64) * channel_stride + tl.cast(column, tl.int64) * column_stride
+        return origin + channel * integer(strides.channel) + column * integer(strides.column)
 
 
 @triton.jit
-def part_offsets(
-    channel_stride, column_stride, INNER: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
-):
+def part_offsets(strides, walk):
     """Offsets (channels, columns) of a row's elements from its origin: 32-bit where a stride is known to be 1.
 
     The launcher sees to it that they fit; they stay in registers throughout.
     """
-    channels = tl.arange(0, BLOCK_CHANNELS)
-    columns = tl.arange(0, BLOCK_COLUMNS)
-    if INNER == "channels":
-        return channels[:, None] + (columns * tl.cast(column_stride, tl.int32))[None, :]
-    elif INNER == "columns":
-        return (channels * tl.cast(channel_stride, tl.int32))[:, None] + columns[None, :]
+    channels = tl.arange(0, walk.channels)
+    columns = tl.arange(0, walk.columns)
+    if walk.inner == "channels":
+        return channels[:, None] + (columns * integer(strides.column).to(tl.int32))[None, :]
+    elif walk.inner == "columns":
+        return (channels * integer(strides.channel).to(tl.int32))[:, None] + columns[None, :]
     else:
-        return (channels.to(tl.int64) * channel_stride)[:, None] + (columns.to(tl.int64) * column_stride)[None, :]
+        return (channels * integer(strides.channel))[:, None] + (columns * integer(strides.column))[None, :]
 
 
 @triton.jit
-def part_mask(channels, columns, n_channels, right, INNER: tl.constexpr, VECTOR: tl.constexpr):
-    """Which elements of a row exist, known to the compiler in groups of ``VECTOR``."""
+def part_mask(channels, columns, n_channels, right, walk):
+    """Which elements of a row exist, known to the compiler in groups of a vector."""
     mask = (channels < n_channels)[:, None] & (columns < right)[None, :]
-    if INNER == "channels":
-        mask = tl.max_constancy(mask, (VECTOR, 1))
-    elif INNER == "columns":
-        mask = tl.max_constancy(mask, (1, VECTOR))
+    if walk.inner == "channels":
+        mask = tl.max_constancy(mask, (walk.vector, 1))
+    elif walk.inner == "columns":
+        mask = tl.max_constancy(mask, (1, walk.vector))
     return mask
 
 
 @triton.jit
-def row_pointers(row, offsets, INNER: tl.constexpr, VECTOR: tl.constexpr):
-    """Pointers to one row of a part; ``row`` points to the row's origin. Aligned to 16 bytes if ``VECTOR`` is not 1.
+def row_pointers(row, offsets, walk):
+    """Pointers to one row of a part; ``row`` points to the row's origin. Aligned to 16 bytes if vectors are.
 
     The hint replaces Triton's specialisation on divisible arguments, which would compile one kernel per size.
     """
     pointers = row + offsets
-    if VECTOR > 1:
-        pointers = tl.multiple_of(pointers, (16, 1) if INNER == "channels" else (1, 16))
+    if walk.vector > 1:
+        pointers = tl.multiple_of(pointers, (16, 1) if walk.inner == "channels" else (1, 16))
     return pointers
-
-
-@triton.jit
-def rectified(values, mean, invstd, weight, bias):
-    """relu((y − mean) · invstd · weight + bias) in float32; a NaN stays NaN (maximum(z, 0) would drop it)."""
-    normal = (values - mean) * invstd * weight + bias
-    return tl.where(normal <= 0.0, 0.0, normal)
 
 
 @triton.jit
@@ -131,69 +140,62 @@ def row_offset(k, row_stride):
 
 
 @triton.jit
-def load_row(row, offsets, mask, INNER: tl.constexpr, VECTOR: tl.constexpr):
+def load_row(row, offsets, mask, walk):
     """One row of a part, zero where there is none."""
-    return tl.load(row_pointers(row, offsets, INNER, VECTOR), mask=mask, other=0.0)
+    return tl.load(row_pointers(row, offsets, walk), mask=mask, other=0.0)
 
 
 @triton.jit
-def first_rows(
-    origin, row_stride, offsets, mask, rows, INNER: tl.constexpr, VECTOR: tl.constexpr, ROWS_AHEAD: tl.constexpr
-):
+def first_rows(origin, row_stride, offsets, mask, rows, walk):
     """The rows that are loaded before the walk begins; ``origin`` points to the first of ``rows``."""
     ahead = ()
-    for k in tl.static_range(ROWS_AHEAD):
-        ahead += (load_row(origin + row_offset(k, row_stride), offsets, mask & (k < rows), INNER, VECTOR),)
+    for k in tl.static_range(walk.rows_ahead):
+        ahead += (load_row(origin + row_offset(k, row_stride), offsets, mask & (k < rows), walk),)
     return ahead
 
 
 @triton.jit
-def next_row(
-    ahead, origin, row_stride, offsets, mask, k, rows, INNER: tl.constexpr, VECTOR: tl.constexpr,
-    ROWS_AHEAD: tl.constexpr,
-):  # fmt: skip
+def next_row(ahead, origin, row_stride, offsets, mask, k, rows, walk):
     """Row ``k`` of the walk in float32, and the rows loaded ahead of it.
 
-    Nothing else keeps memory busy during a row's arithmetic, unless the loop is pipelined (``ROWS_AHEAD`` 0).
+    Nothing else keeps memory busy during a row's arithmetic, unless the loop is pipelined (no rows ahead).
     """
-    if ROWS_AHEAD == 0:
-        return load_row(origin + row_offset(k, row_stride), offsets, mask, INNER, VECTOR).to(tl.float32), ahead
+    if walk.rows_ahead == 0:
+        return load_row(origin + row_offset(k, row_stride), offsets, mask, walk).to(tl.float32), ahead
     else:
-        later = k + ROWS_AHEAD
-        new = load_row(origin + row_offset(later, row_stride), offsets, mask & (later < rows), INNER, VECTOR)
+        later = k + walk.rows_ahead
+        new = load_row(origin + row_offset(later, row_stride), offsets, mask & (later < rows), walk)
         return ahead[0].to(tl.float32), ahead[1:] + (new,)  # noqa: RUF005 Triton has no unpacking
 
 
 @triton.jit
-def store_channels(row, values, channels, n_channels, INNER: tl.constexpr, VECTOR: tl.constexpr):
+def store_channels(row, values, channels, n_channels, walk):
     """Write (channels,) values of one token; ``row`` points to its first channel."""
     pointers = row + channels
     mask = channels < n_channels
-    if INNER == "channels":
-        mask = tl.max_constancy(mask, (VECTOR,))
-        if VECTOR > 1:
+    if walk.inner == "channels":
+        mask = tl.max_constancy(mask, (walk.vector,))
+        if walk.vector > 1:
             pointers = tl.multiple_of(pointers, (16,))
     tl.store(pointers, values.to(row.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_channels(
-    row, channels, channel_stride, n_channels, INNER: tl.constexpr, VECTOR: tl.constexpr, TOKEN_MAJOR: tl.constexpr
-):
+def load_channels(row, channels, strides, n_channels, walk):
     """(channels,) values of one token in float32; ``row`` points to its channel 0."""
     mask = channels < n_channels
-    if TOKEN_MAJOR:
+    if strides.token_major:
         pointers = row + channels
-        if INNER == "channels":
-            mask = tl.max_constancy(mask, (VECTOR,))
-            if VECTOR > 1:
+        if walk.inner == "channels":
+            mask = tl.max_constancy(mask, (walk.vector,))
+            if walk.vector > 1:
                 pointers = tl.multiple_of(pointers, (16,))
     else:
-        pointers = row + channels.to(tl.int64) * channel_stride
+        pointers = row + channels * integer(strides.channel)
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_row(row, values, offsets, mask, INNER: tl.constexpr, VECTOR: tl.constexpr):
+def store_row(row, values, offsets, mask, walk):
     """Write one row of a part."""
-    tl.store(row_pointers(row, offsets, INNER, VECTOR), values.to(row.dtype.element_ty), mask=mask)
+    tl.store(row_pointers(row, offsets, walk), values.to(row.dtype.element_ty), mask=mask)

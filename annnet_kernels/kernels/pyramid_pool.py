@@ -6,14 +6,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from ..layouts import empty_map, empty_tokens
 from ..pyramid import POOL_SIZES, num_tokens
 from .launch import Device, Launch, device_of
+from .operands import strides_argument, token_strides_argument
 from .plans import do_not_repeat, planned, scratch
 from .pool_kernels import pyramid_pool_combine_kernel, pyramid_pool_fwd_kernel
 from .pool_spread_kernels import pyramid_pool_bwd_kernel
+from .pool_walk import Walk
 from .tiles import PoolTile, least_pool_rows, pool_cut_cost, pool_split_rows, pool_tile, pool_tile_columns
 
 _COMBINE_CHANNELS, _COMBINE_WARPS = 128, 1
@@ -75,12 +78,15 @@ def _offsets_fit(x: Tensor) -> bool:
     return bool(64 * (abs(x.stride(1)) + abs(x.stride(3))) < 2**31)
 
 
-def levels_argument(heights: Sequence[int], widths: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+Levels = tuple[tuple[tl.constexpr, ...], ...]
+
+
+def levels_argument(heights: Sequence[int], widths: Sequence[int]) -> Levels:
     """Per level its bins, rows × columns, and the sums over the earlier levels of tokens, rows and columns."""
     levels = []
     tokens = rows = columns = 0
     for h, w in zip(heights, widths, strict=True):
-        levels.append((h, w, tokens, rows, columns))
+        levels.append(tuple(map(tl.constexpr, (h, w, tokens, rows, columns))))
         tokens, rows, columns = tokens + h * w, rows + h, columns + w
     return tuple(levels)
 
@@ -113,20 +119,11 @@ def parts_of(x: Tensor, layout: Layout, tile: PoolTile, least_rows: int, device:
     return Parts(sizes, splits, tiles, blocks * splits)
 
 
-def stride_arguments(name: str, x: Tensor | None) -> dict[str, int]:
-    """Strides of a map by the kernels' parameter names; zeros where there is no map."""
-    strides = (0, 0, 0, 0) if x is None else x.stride()
-    return {f"{name}_{d}_stride": s for d, s in zip(("batch", "channel", "row", "column"), strides, strict=True)}
-
-
-def tile_arguments(layout: Layout, tile: PoolTile) -> dict[str, Any]:
-    """What a walk's compiled variant depends on."""
-    return {
-        "INNER": layout.inner,
-        "VECTOR": layout.vector,
-        "BLOCK_CHANNELS": tile.channels,
-        "BLOCK_COLUMNS": tile.columns,
-    }
+def walk_argument(layout: Layout, tile: PoolTile, levels: Levels) -> Walk:
+    """How a kernel walks maps of this layout."""
+    sizes = (layout.inner, layout.vector, tile.channels, tile.columns, tile.rows_ahead, tile.stages)
+    inner, vector, channels, columns, rows_ahead, stages = map(tl.constexpr, sizes)
+    return Walk(inner, vector, channels, columns, rows_ahead, stages, levels)
 
 
 def plan_forward(
@@ -145,18 +142,16 @@ def plan_forward(
     slots = sum((h + parts.splits - 1) * (w + parts.tiles - 1) for h, w in zip(heights, widths, strict=True))
     cut = parts.splits > 1 or parts.tiles > 1
     partial = scratch(x, (x.shape[0], slots, x.shape[1]) if cut else (0,), torch.float32)
-    arguments = {
+    arguments: dict[str, Any] = {
         "x_ptr": x,
         "norm_ptr": None if norm is None else norm.contiguous(),
         "out_ptr": out,
         "partial_ptr": partial,
         **parts.sizes,
         "transposed": int(transposed),
-        **stride_arguments("x", x),
-        "LEVELS": levels,
-        **tile_arguments(layout, tile),
-        "ROWS_AHEAD": tile.rows_ahead,
-        "STAGES": tile.stages,
+        "x_strides": strides_argument(x),
+        "x_row_stride": x.stride(2),
+        "walk": walk_argument(layout, tile, levels),
     }
     launches = [
         Launch(pyramid_pool_fwd_kernel, (parts.programs,), arguments, tile.warps, tile.stages, tile.max_registers)
@@ -167,7 +162,7 @@ def plan_forward(
             "out_ptr": out,
             **parts.sizes,
             "transposed": int(transposed),
-            "LEVELS": levels,
+            "levels": levels,
             "BLOCK_CHANNELS": _COMBINE_CHANNELS,
         }
         grid = (num_tokens(heights, widths), -(-x.shape[1] // _COMBINE_CHANNELS), x.shape[0])
@@ -193,35 +188,30 @@ def plan_backward(
     if dx.shape[0] == 0:
         return []
     layout = layout_of(dx)
-    tokens = token_arguments(grad, layout)
-    tile = pool_tile(layout.inner, layout.vector, dx.dtype, light=tokens["TOKEN_MAJOR"])
+    token_major = is_token_major(grad, layout)
+    tile = pool_tile(layout.inner, layout.vector, dx.dtype, light=token_major)
     parts = parts_of(dx, layout, tile, LEAST_SPREAD_ROWS, device)
     arguments = {
         "grad_ptr": grad,
         "dx_ptr": dx,
         **parts.sizes,
-        **tokens,
-        **stride_arguments("dx", dx),
-        "LEVELS": levels_argument(heights, widths),
-        **tile_arguments(layout, tile),
+        "grad_strides": token_strides_argument(grad, token_major),
+        "dx_strides": strides_argument(dx),
+        "dx_row_stride": dx.stride(2),
+        "walk": walk_argument(layout, tile, levels_argument(heights, widths)),
         "ADDS": adds,
     }
     return [Launch(pyramid_pool_bwd_kernel, (parts.programs,), arguments, tile.warps, 1, tile.max_registers)]
 
 
-def token_arguments(grad: Tensor | None, layout: Layout) -> dict[str, Any]:
-    """Strides of the tokens' gradient, and whether it is token-major (and aligned where the map is)."""
-    batch_stride, channel_stride, token_stride = (0, 0, 0) if grad is None else grad.stride()
-    vectors = layout.inner == "channels" and layout.vector > 1
-    token_major = grad is not None and channel_stride == 1
-    if grad is not None and vectors:
-        token_major &= is_aligned(grad) and batch_stride % layout.vector == 0 and token_stride % layout.vector == 0
-    return {
-        "grad_batch_stride": batch_stride,
-        "grad_channel_stride": channel_stride,
-        "grad_token_stride": token_stride,
-        "TOKEN_MAJOR": token_major,
-    }
+def is_token_major(grad: Tensor, layout: Layout) -> bool:
+    """Whether the channels of a token lie side by side, and aligned where the map is read in vectors of channels."""
+    batch_stride, channel_stride, token_stride = grad.stride()
+    if channel_stride != 1 or layout.inner != "channels":
+        return channel_stride == 1
+    return layout.vector == 1 or (
+        is_aligned(grad) and batch_stride % layout.vector == 0 and token_stride % layout.vector == 0
+    )
 
 
 def launch_variants(device: Device) -> Iterator[tuple[str, str, Launch]]:

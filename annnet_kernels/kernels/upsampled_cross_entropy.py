@@ -6,13 +6,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from ..layouts import empty_map
 from ..upsampling import ratio
 from .launch import Device, Launch, run_all
-from .upsampled_gradient_kernels import upsampled_gradient_kernel
-from .upsampled_kernels import upsampled_argmax_kernel, upsampled_loss_kernel
+from .operands import run_time, strided_argument
+from .upsampled_gradient_kernels import GradientTile, upsampled_gradient_kernel
+from .upsampled_kernels import Axis, Weights, upsampled_argmax_kernel, upsampled_loss_kernel
 
 _COLUMNS, _WARPS = 128, 4
 _MOST_ROWS = 8
@@ -77,27 +79,24 @@ def upsampled_argmax(logits: Tensor, size: Sequence[int], align_corners: bool, o
 
 
 def _geometry(logits: Tensor, rows: int, columns: int, align_corners: bool) -> dict[str, Any]:
-    sizes = {"n_classes": logits.shape[1], "height": logits.shape[2], "width": logits.shape[3]}
-    steps = {
-        f"{axis}_{name}": value
-        for axis, cells, pixels in (("row", logits.shape[2], rows), ("column", logits.shape[3], columns))
-        for name, value in zip(("step", "start", "divisor"), ratio(cells, pixels, align_corners), strict=True)
+    height, width = (
+        Axis(*map(run_time, (cells, pixels, *ratio(cells, pixels, align_corners))))
+        for cells, pixels in zip(logits.shape[2:], (rows, columns), strict=True)
+    )
+    return {
+        "n_classes": logits.shape[1],
+        "rows": height,
+        "columns": width,
+        "logits": strided_argument(logits),
+        "logits_channel_stride": logits.stride(1),
     }
-    return {**sizes, "rows": rows, "columns": columns, **steps, **_strides("logits", logits)}
-
-
-def _strides(name: str, x: Tensor) -> dict[str, int]:
-    axes = ("batch", "channel", "row", "column") if x.dim() == 4 else ("batch", "row", "column")
-    return {f"{name}_{axis}_stride": stride for axis, stride in zip(axes, x.stride(), strict=True)}
 
 
 def _options(target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float) -> dict[str, Any]:
     total = None if weight is None or not smoothing else weight.sum()
     return {
-        "target_ptr": target,
-        "weight_ptr": None if weight is None else weight.contiguous(),
-        "total_weight_ptr": total,
-        **_strides("target", target),
+        "target": strided_argument(target),
+        "weights": Weights(None if weight is None else weight.contiguous(), total),
         "ignore_index": ignore_index,
         "smoothing": float(smoothing),
         "SMOOTHING": smoothing > 0,
@@ -126,7 +125,6 @@ def plan_loss(
     _, rows, columns = target.shape
     programs = _pixel_programs(logits, columns)
     arguments = {
-        "logits_ptr": logits,
         **_options(target, weight, ignore_index, smoothing),
         "losses_ptr": losses,
         "logsumexp_ptr": logsumexp,
@@ -150,28 +148,27 @@ def plan_gradient(
     ignore_index, smoothing, align_corners = options
     batch, rows, columns = target.shape
     classes, height, width = logits.shape[1:]
-    tile = gradient_tile(classes, width)
-    groups = -(-classes // (tile["LANE_CLASSES"] * tile["BLOCK_CLASSES"]))
-    blocks = -(-width // (tile["BLOCK_CELLS"] - 1))
-    grad_strides = dict.fromkeys(("grad_batch_stride", "grad_row_stride", "grad_column_stride"), 0)
+    tile, step = gradient_tile(classes, width), ratio(width, columns, align_corners)
+    groups = -(-classes // (tile.lane_classes * tile.classes))
+    blocks = -(-width // (tile.cells - 1))
     arguments = {
-        "logits_ptr": logits,
         **_options(target, weight, ignore_index, smoothing),
-        "grad_ptr": grad,
-        **(grad_strides if grad is None else _strides("grad", grad)),
+        "grad": strided_argument(grad),
+        "grad_column_stride": 0 if grad is None else grad.stride(2),
+        "target_column_stride": target.stride(2),
         "logsumexp_ptr": logsumexp,
-        "top_ptr": top,
+        "top": strided_argument(top),
         "bottom_ptr": bottom,
-        **_strides("gradient", top),
         **_geometry(logits, rows, columns, align_corners),
-        **tile,
+        **{f"column_{name}": value for name, value in zip(("step", "start", "divisor"), step, strict=True)},
+        "tile": GradientTile(*map(tl.constexpr, tile)),
     }
     return Launch(
         upsampled_gradient_kernel, (batch * (height + 1) * groups * blocks,), arguments, _WARPS, 1, _ALL_REGISTERS
     )
 
 
-def gradient_tile(classes: int, width: int) -> dict[str, int]:
+def gradient_tile(classes: int, width: int) -> GradientTile:
     """The tile of 128 lanes that leaves the fewest idle: its cells side by side, and the classes of a lane."""
     choices = []
     for cells in (16, 32):
@@ -179,7 +176,7 @@ def gradient_tile(classes: int, width: int) -> dict[str, int]:
         groups = -(-classes // (lanes * _MOST_LANE_CLASSES))
         of_lane = -(-classes // (lanes * groups))
         work = of_lane * lanes * groups * cells * -(-width // (cells - 1))
-        choices.append((work, {"LANE_CLASSES": of_lane, "BLOCK_CLASSES": lanes, "BLOCK_CELLS": cells}))
+        choices.append((work, GradientTile(of_lane, lanes, cells)))
     return min(choices, key=lambda choice: choice[0])[1]
 
 
@@ -187,7 +184,6 @@ def plan_argmax(logits: Tensor, align_corners: bool, out: Tensor) -> Launch:
     """The class of each pixel."""
     _, rows, columns = out.shape
     arguments = {
-        "logits_ptr": logits,
         "out_ptr": out,
         **_geometry(logits, rows, columns, align_corners),
         **_tile(logits.shape[2], rows),

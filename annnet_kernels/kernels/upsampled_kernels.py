@@ -12,56 +12,83 @@ cells above and below the stripe is written apart, and added by the host: no ato
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+from .operands import integer
 
-GEOMETRY = [
-    "n_classes", "height", "width", "rows", "columns", "row_step", "row_start", "row_divisor", "column_step",
-    "column_start", "column_divisor", "logits_batch_stride", "logits_channel_stride", "logits_row_stride",
-    "logits_column_stride",
-]  # fmt: skip
-TARGET = ["target_batch_stride", "target_row_stride", "target_column_stride", "ignore_index", "smoothing"]
-GRAD = [
-    "grad_batch_stride", "grad_row_stride", "grad_column_stride", "gradient_batch_stride", "gradient_channel_stride",
-    "gradient_row_stride", "gradient_column_stride",
-]  # fmt: skip
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+TARGET = ["n_classes", "logits_channel_stride", "ignore_index", "smoothing"]
+
+
+class Axis(NamedTuple):
+    """Rows or columns: how many there are of cells and of pixels, and ``upsampling.ratio``, all by ``run_time``.
+
+    Pixel i lies (i · step + start) / divisor cells behind the first cell.
+    """
+
+    cells: Any
+    pixels: Any
+    step: Any
+    start: Any
+    divisor: Any
+
+
+class Weights(NamedTuple):
+    """Pointers to the weight of every class and to their sum; the first is None for 1, the second for K."""
+
+    of_class: Any
+    total: Any
 
 
 @triton.jit
-def _first_pixel(cell, cells, pixels, step, start, divisor):
-    """The first pixel at or behind a cell: all are behind cell −1, and none is behind cell ``cells``."""
-    first = tl.cdiv(cell * divisor - start, tl.maximum(step, 1))
+def count(value):
+    """A number of cells or pixels."""
+    return integer(value).to(tl.int32)
+
+
+@triton.jit
+def first_pixel(cell, axis):
+    """The first pixel at or behind a cell: all are behind cell −1, and none is behind the cell after the last."""
+    pixels = count(axis.pixels)
+    first = tl.cdiv(cell * integer(axis.divisor) - integer(axis.start), tl.maximum(integer(axis.step), 1))
     first = tl.minimum(tl.maximum(first, 0), pixels)
-    return tl.where(cell < 0, 0, tl.where(cell >= cells, pixels, first))
+    return tl.where(cell < 0, 0, tl.where(cell >= count(axis.cells), pixels, first)).to(tl.int32)
 
 
 @triton.jit
-def _own_pixels(height, rows, columns, row_step, row_start, row_divisor, BLOCK_COLUMNS: tl.constexpr):
-    """Image, stripe, its first and last row of pixels, and a block of columns."""
+def own_stripe(index, rows):
+    """Image, stripe, and its first and last row of pixels."""
+    height = count(rows.cells)
+    stripe = index % (height + 1) - 1
+    first = first_pixel(stripe.to(tl.int64), rows)
+    return (index // (height + 1)).to(tl.int64), stripe, first, first_pixel(stripe.to(tl.int64) + 1, rows)
+
+
+@triton.jit
+def _own_pixels(logits, rows, columns, BLOCK_COLUMNS: tl.constexpr):
+    """Image, stripe, its first and last row of pixels, a block of columns, the image's logits, and the corners there.
+
+    Corners are offsets of both rows of cells and, per column, of both columns of cells, and the weight of the second.
+    """
     index = tl.program_id(0)
-    n_blocks = tl.cdiv(columns, BLOCK_COLUMNS)
-    block, stripe = index % n_blocks, index // n_blocks % (height + 1) - 1
-    batch = (index // (n_blocks * (height + 1))).to(tl.int64)
-    first = _first_pixel(stripe.to(tl.int64), height, rows, row_step, row_start, row_divisor)
-    last = _first_pixel(stripe.to(tl.int64) + 1, height, rows, row_step, row_start, row_divisor)
-    return batch, stripe, first.to(tl.int32), last.to(tl.int32), block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    n_blocks = tl.cdiv(count(columns.pixels), BLOCK_COLUMNS)
+    batch, stripe, first, last = own_stripe(index // n_blocks, rows)
+    x = index % n_blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
 
-
-@triton.jit
-def _corner_offsets(
-    stripe, x, height, width, column_step, column_start, column_divisor, logits_row_stride, logits_column_stride
-):
-    """Offsets of both rows of cells and, per column, of both columns of cells, and the weight of the second."""
-    position = tl.maximum(x.to(tl.int64) * column_step + column_start, 0)
-    position = tl.minimum(position, (width - 1).to(tl.int64) * column_divisor)
-    low = position // column_divisor
-    weight = (position - low * column_divisor).to(tl.float32) / column_divisor.to(tl.float32)
+    width, divisor, column_stride = integer(columns.cells), integer(columns.divisor), integer(logits.strides.column)
+    position = tl.maximum(x * integer(columns.step) + integer(columns.start), 0)
+    position = tl.minimum(position, (width - 1) * divisor)
+    low = position // divisor
+    weight = (position - low * divisor).to(tl.float32) / divisor.to(tl.float32)
     high = tl.minimum(low + 1, width - 1)
-    above = tl.maximum(stripe, 0) * logits_row_stride
-    below = tl.minimum(stripe + 1, height - 1) * logits_row_stride
-    return above, below, low * logits_column_stride, high * logits_column_stride, weight
+    above = tl.maximum(stripe, 0) * integer(logits.strides.row)
+    below = tl.minimum(stripe + 1, count(rows.cells) - 1) * integer(logits.strides.row)
+    corners = (above, below, low * column_stride, high * column_stride, weight)
+    return batch, stripe, first, last, x, logits.pointer + batch * integer(logits.strides.batch), corners
 
 
 @triton.jit
@@ -77,10 +104,11 @@ def _spread(pointer, corners, exists):
 
 
 @triton.jit
-def _row_weight(row, stripe, row_step, row_start, row_divisor):
+def row_weight(row, stripe, rows):
     """The weight of the lower row of cells; outside the first and the last both are the same one."""
-    rest = row * row_step + row_start - stripe * row_divisor
-    return rest.to(tl.float32) / row_divisor.to(tl.float32)
+    divisor = integer(rows.divisor)
+    rest = row * integer(rows.step) + integer(rows.start) - stripe * divisor
+    return rest.to(tl.float32) / divisor.to(tl.float32)
 
 
 @triton.jit
@@ -92,7 +120,7 @@ def _weight_of(weight_ptr, labels, mask):
 
 
 @triton.jit
-def _labels(target_ptr, offsets, exists, ignore_index, n_classes, weight_ptr):
+def labels_of(target_ptr, offsets, exists, ignore_index, n_classes, weight_ptr):
     """Label, whether its pixel counts, whether it names a class, and its weight, NaN where it counts and names none."""
     label = tl.load(target_ptr + offsets, mask=exists, other=0).to(tl.int64)
     counts = exists & (label != ignore_index)
@@ -101,33 +129,18 @@ def _labels(target_ptr, offsets, exists, ignore_index, n_classes, weight_ptr):
     return label, counts, known, weight
 
 
-@triton.jit(do_not_specialize=[*GEOMETRY, *TARGET], do_not_specialize_on_alignment=["partial_ptr", "losses_ptr"])
+@triton.jit(do_not_specialize=TARGET, do_not_specialize_on_alignment=["partial_ptr", "losses_ptr"])
 def upsampled_loss_kernel(
-    logits_ptr,
-    target_ptr,
-    weight_ptr,
-    total_weight_ptr,
+    logits,
+    target,
+    weights,
     losses_ptr,
     logsumexp_ptr,
     partial_ptr,
     n_classes,
-    height,
-    width,
     rows,
     columns,
-    row_step: tl.int64,
-    row_start: tl.int64,
-    row_divisor: tl.int64,
-    column_step: tl.int64,
-    column_start: tl.int64,
-    column_divisor: tl.int64,
-    logits_batch_stride: tl.int64,
     logits_channel_stride: tl.int64,
-    logits_row_stride: tl.int64,
-    logits_column_stride: tl.int64,
-    target_batch_stride: tl.int64,
-    target_row_stride: tl.int64,
-    target_column_stride: tl.int64,
     ignore_index: tl.int64,
     smoothing: tl.float32,
     SMOOTHING: tl.constexpr,
@@ -136,21 +149,17 @@ def upsampled_loss_kernel(
 ):
     """Loss and logsumexp of each pixel, and the sums of losses and of label weights over the program's pixels.
 
-    Grid: (B · (h + 1) · ⌈W / BLOCK_COLUMNS⌉,). losses, logsumexp (B, H, W) or None, partial (programs, 2), weight (K)
-    or None, total_weight (1) or None for K.
+    Grid: (B · (h + 1) · ⌈W / BLOCK_COLUMNS⌉,). losses, logsumexp (B, H, W) or None, partial (programs, 2).
     """
-    batch, stripe, first, last, x = _own_pixels(height, rows, columns, row_step, row_start, row_divisor, BLOCK_COLUMNS)
-    inside = x < columns
-    corners = _corner_offsets(
-        stripe, x, height, width, column_step, column_start, column_divisor, logits_row_stride, logits_column_stride
-    )
-    logits = logits_ptr + batch * logits_batch_stride
-    target = target_ptr + batch * target_batch_stride + x.to(tl.int64) * target_column_stride
-    out = (batch * rows) * columns + x
+    batch, stripe, first, last, x, image, corners = _own_pixels(logits, rows, columns, BLOCK_COLUMNS)
+    width = count(columns.pixels)
+    inside = x < width
+    labels = target.pointer + batch * integer(target.strides.batch) + x * integer(target.strides.column)
+    out = batch * count(rows.pixels) * width + x
     share = smoothing / n_classes
     total_weight = n_classes.to(tl.float32)
-    if total_weight_ptr is not None:
-        total_weight = tl.load(total_weight_ptr)
+    if weights.total is not None:
+        total_weight = tl.load(weights.total)
     loss_sum = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     weight_sum = tl.zeros((BLOCK_COLUMNS,), tl.float32)
 
@@ -163,24 +172,24 @@ def upsampled_loss_kernel(
             sums += (tl.zeros((BLOCK_COLUMNS,), tl.float32),)
             smooth += (tl.zeros((BLOCK_COLUMNS,), tl.float32),)
         for k in range(n_classes):
-            top, difference = _spread(logits + k * logits_channel_stride, corners, inside)
+            top, difference = _spread(image + k * logits_channel_stride, corners, inside)
             new = ()
             for r in tl.static_range(ROWS):
-                value = top + _row_weight(row + r, stripe, row_step, row_start, row_divisor) * difference
+                value = top + row_weight(row + r, stripe, rows) * difference
                 new += (tl.maximum(largest[r], value),)
             largest = new
         for k in range(n_classes):
-            top, difference = _spread(logits + k * logits_channel_stride, corners, inside)
+            top, difference = _spread(image + k * logits_channel_stride, corners, inside)
             new_sums = ()
             new_smooth = ()
             for r in tl.static_range(ROWS):
-                value = top + _row_weight(row + r, stripe, row_step, row_start, row_divisor) * difference
+                value = top + row_weight(row + r, stripe, rows) * difference
                 below = value - largest[r]
-                new_sums += (sums[r] + tl.exp2(below * _LOG2_E),)
+                new_sums += (sums[r] + tl.exp2(below * LOG2_E),)
                 if SMOOTHING:
                     class_weight = 1.0
-                    if weight_ptr is not None:
-                        class_weight = tl.load(weight_ptr + k)
+                    if weights.of_class is not None:
+                        class_weight = tl.load(weights.of_class + k)
                     new_smooth += (smooth[r] - class_weight * below,)
                 else:
                     new_smooth += (smooth[r],)
@@ -189,12 +198,12 @@ def upsampled_loss_kernel(
         for r in tl.static_range(ROWS):
             y = row + r
             exists = inside & (y < last)
-            label, counts, known, of_label = _labels(
-                target + y * target_row_stride, 0, exists, ignore_index, n_classes, weight_ptr
+            label, counts, known, of_label = labels_of(
+                labels + y * integer(target.strides.row), 0, exists, ignore_index, n_classes, weights.of_class
             )
             safe = tl.where(known, label, 0)
-            top, difference = _spread(logits + safe * logits_channel_stride, corners, exists)
-            at_label = top + _row_weight(y, stripe, row_step, row_start, row_divisor) * difference
+            top, difference = _spread(image + safe * logits_channel_stride, corners, exists)
+            at_label = top + row_weight(y, stripe, rows) * difference
             log_sum = tl.log(sums[r])
             loss = (1.0 - smoothing) * of_label * ((largest[r] - at_label) + log_sum)
             if SMOOTHING:
@@ -203,32 +212,21 @@ def upsampled_loss_kernel(
             loss_sum += loss
             weight_sum += tl.where(counts, of_label, 0.0)
             if losses_ptr is not None:
-                tl.store(losses_ptr + out + y * columns, loss, mask=exists)
+                tl.store(losses_ptr + out + y * width, loss, mask=exists)
             if logsumexp_ptr is not None:
-                tl.store(logsumexp_ptr + out + y * columns, largest[r] + log_sum, mask=exists)
+                tl.store(logsumexp_ptr + out + y * width, largest[r] + log_sum, mask=exists)
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * 2, tl.sum(loss_sum))
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * 2 + 1, tl.sum(weight_sum))
 
 
-@triton.jit(do_not_specialize=GEOMETRY)
+@triton.jit(do_not_specialize=["n_classes", "logits_channel_stride"])
 def upsampled_argmax_kernel(
-    logits_ptr,
+    logits,
     out_ptr,
     n_classes,
-    height,
-    width,
     rows,
     columns,
-    row_step: tl.int64,
-    row_start: tl.int64,
-    row_divisor: tl.int64,
-    column_step: tl.int64,
-    column_start: tl.int64,
-    column_divisor: tl.int64,
-    logits_batch_stride: tl.int64,
     logits_channel_stride: tl.int64,
-    logits_row_stride: tl.int64,
-    logits_column_stride: tl.int64,
     ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -236,25 +234,22 @@ def upsampled_argmax_kernel(
 
     Grid: (B · (h + 1) · ⌈W / BLOCK_COLUMNS⌉,). out (B, H, W).
     """
-    batch, stripe, first, last, x = _own_pixels(height, rows, columns, row_step, row_start, row_divisor, BLOCK_COLUMNS)
-    inside = x < columns
-    corners = _corner_offsets(
-        stripe, x, height, width, column_step, column_start, column_divisor, logits_row_stride, logits_column_stride
-    )
-    logits = logits_ptr + batch * logits_batch_stride
+    batch, stripe, first, last, x, image, corners = _own_pixels(logits, rows, columns, BLOCK_COLUMNS)
+    width = count(columns.pixels)
+    inside = x < width
     for row in range(first, last, ROWS):
         largest = ()
         index = ()
-        top, difference = _spread(logits, corners, inside)
+        top, difference = _spread(image, corners, inside)
         for r in tl.static_range(ROWS):
-            largest += (top + _row_weight(row + r, stripe, row_step, row_start, row_divisor) * difference,)
+            largest += (top + row_weight(row + r, stripe, rows) * difference,)
             index += (tl.zeros((BLOCK_COLUMNS,), tl.int32),)
         for k in range(1, n_classes):
-            top, difference = _spread(logits + k * logits_channel_stride, corners, inside)
+            top, difference = _spread(image + k * logits_channel_stride, corners, inside)
             new_largest = ()
             new_index = ()
             for r in tl.static_range(ROWS):
-                value = top + _row_weight(row + r, stripe, row_step, row_start, row_divisor) * difference
+                value = top + row_weight(row + r, stripe, rows) * difference
                 wins = (value > largest[r]) | ((value != value) & (largest[r] == largest[r]))
                 new_largest += (tl.where(wins, value, largest[r]),)
                 new_index += (tl.where(wins, k, index[r]),)
@@ -262,5 +257,5 @@ def upsampled_argmax_kernel(
             index = new_index
         for r in tl.static_range(ROWS):
             y = row + r
-            out = out_ptr + (batch * rows + y) * columns + x
+            out = out_ptr + (batch * count(rows.pixels) + y) * width + x
             tl.store(out, index[r].to(tl.int64), mask=inside & (y < last))

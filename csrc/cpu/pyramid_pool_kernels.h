@@ -2,6 +2,7 @@
 #pragma once
 
 #include "memory.h"
+#include "norm.h"
 #include "pyramid_pool.h"
 #include "transpose.h"
 #include "vector.h"
@@ -69,45 +70,6 @@ ANNNET_INLINE void write_rows(char* target, char* line, int64_t row_bytes, int64
 ANNNET_INLINE int64_t token_of(const PoolLevel& level, int64_t row_bin, int64_t column) {
   return level.token + (row_bin - level.first_row_bin) * level.row_stride + column * level.column_stride;
 }
-
-// ---- what is done to a vector of the map when it is loaded ----
-
-template <class T>
-struct Plain {
-  ANNNET_INLINE static Plain of_channel(const NormTable&, int64_t) { return {}; }
-  ANNNET_INLINE static Plain of_channels(const NormTable&, int64_t, int64_t) { return {}; }
-  ANNNET_INLINE Vec<T> operator()(Vec<T> x) const { return x; }
-};
-
-// y − mean comes first: a single scale and shift would cancel where the mean is large. The ReLU lets NaN pass.
-template <class T>
-struct BnRelu {
-  Vec<T> mean, invstd, weight, bias;
-
-  // One channel in all lanes.
-  ANNNET_INLINE static BnRelu of_channel(const NormTable& norm, int64_t channel) {
-    const Acc<T>* const first = static_cast<const Acc<T>*>(norm.data) + channel;
-    const auto row = [&](int64_t index) { return broadcast<T>(first[index * norm.channels]); };
-    return {row(0), row(1), row(2), row(3)};
-  }
-
-  // A channel per lane.
-  ANNNET_INLINE static BnRelu of_channels(const NormTable& norm, int64_t channel, int64_t count) {
-    const Acc<T>* const first = static_cast<const Acc<T>*>(norm.data) + channel;
-    const auto row = [&](int64_t index) { return load_lanes(first + index * norm.channels, 1, count); };
-    return {row(0), row(1), row(2), row(3)};
-  }
-
-  ANNNET_INLINE Vec<T> normal(Vec<T> y) const { return (y - mean) * invstd; }
-  ANNNET_INLINE Vec<T> operator()(Vec<T> y) const {
-    const Vec<T> z = normal(y) * weight + bias;
-    return z <= 0 ? Vec<T>{} : z;
-  }
-  // Of what lies behind the ReLU with respect to what lies ahead of it.
-  ANNNET_INLINE Vec<T> gradient(Vec<T> y, Vec<T> grad) const {
-    return normal(y) * weight + bias <= 0 ? Vec<T>{} : grad;
-  }
-};
 
 // ---- forward ----
 

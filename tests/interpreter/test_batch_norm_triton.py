@@ -100,11 +100,12 @@ def test_non_finite_pixels_spoil_their_channel_as_in_torch(position, layout):
     torch.testing.assert_close(var.cpu().float(), expected_var * (197 / 198), equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-def test_the_relu_lets_nan_pass_and_holds_back_infinite_gradients(layout):
-    y = random_map((1, 18, 5, 23), torch.float32, layout, DEVICE)
+def test_the_relu_lets_nan_pass_and_holds_back_infinite_gradients(layout, dtype):
+    y = random_map((1, 18, 5, 23), dtype, layout, DEVICE)
     y[0, :, 2, 3], y[0, :, 4, 22], y[0, :, 1, 1] = torch.nan, -torch.inf, 0
-    grad = random_map(y.shape, torch.float32, layout, DEVICE)
+    grad = random_map(y.shape, dtype, layout, DEVICE)
     grad[y <= 0] = torch.inf
     norm = torch.tensor([0.0, 1.0, 1.0, 0.0], device=DEVICE)[:, None].repeat(1, 18)
     operands = (y, norm, None, True)
@@ -114,13 +115,14 @@ def test_the_relu_lets_nan_pass_and_holds_back_infinite_gradients(layout):
     assert torch.equal(in_place.nan_to_num(), ops.batch_norm_apply(*operands).nan_to_num())
     passed = torch.where(y <= 0, 0, grad)
     sums = ops.batch_norm_bwd_sums(grad, *operands, None)
-    torch.testing.assert_close(sums[0], passed.sum((0, 2, 3)), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(sums[0], passed.float().sum((0, 2, 3)), atol=1e-4, rtol=1e-5)
     assert sums[1].isnan().all()
     torch.testing.assert_close(ops.batch_norm_bwd_input(grad, *operands, None, 1, None), passed)
 
 
-def test_frozen_statistics_keep_infinite_pixels_to_themselves():
-    y, grad = (random_map((1, 3, 5, 7), torch.float32, device=DEVICE) for _ in range(2))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_frozen_statistics_keep_infinite_pixels_to_themselves(dtype):
+    y, grad = (random_map((1, 3, 5, 7), dtype, device=DEVICE) for _ in range(2))
     y[0, 0, 1, 1] = -torch.inf
     dy = ops.batch_norm_bwd_input(grad, y, torch.ones(4, 3, device=DEVICE), None, False, None, 1, None)
     torch.testing.assert_close(dy, grad)

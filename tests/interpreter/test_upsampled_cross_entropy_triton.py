@@ -33,11 +33,11 @@ def _triton_backend():
         yield
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("reduction", "dtype"), [("mean", torch.float32), ("none", torch.bfloat16)], ids=str)
 @pytest.mark.parametrize(("shape", "size", "align_corners"), SIZES, ids=str)
-def test_accuracy_of_sizes(shape, size, align_corners, reduction):
+def test_accuracy_of_sizes(shape, size, align_corners, reduction, dtype):
     options = {"reduction": reduction, "align_corners": align_corners, "device": DEVICE, "seeds": SEEDS}
-    assert_accurate(shape, size, torch.float32, "triton", **options)
+    assert_accurate(shape, size, dtype, "triton", **options)
     assert ak.last_backend(OPERATORS[reduction == "none"]) == "triton"
 
 
@@ -48,19 +48,21 @@ def test_accuracy_of_layouts(layout, dtype):
     assert_accurate((1, 5, 2, 3), (7, 12), dtype, "triton", layout, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("weighted", "smoothing"), [(True, 0.0), (False, 0.2), (True, 1.0)])
-def test_accuracy_of_options(weighted, smoothing):
+def test_accuracy_of_options(weighted, smoothing, dtype):
     options = {"weighted": weighted, "label_smoothing": smoothing, "reduction": "none", "device": DEVICE}
-    assert_accurate((1, 5, 2, 3), (7, 12), torch.float32, "triton", seeds=SEEDS, **options)
+    assert_accurate((1, 5, 2, 3), (7, 12), dtype, "triton", seeds=SEEDS, **options)
 
 
-def test_a_lane_of_several_classes():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_lane_of_several_classes(dtype):
     """More classes than lanes: each lane has several, and the last group not all."""
     classes = 43
     tile = gradient_tile(classes, 2)
-    assert tile["LANE_CLASSES"] > 1
-    assert classes % (tile["LANE_CLASSES"] * tile["BLOCK_CLASSES"]) != 0
-    assert_accurate((1, classes, 2, 2), (4, 3), torch.float32, "triton", device=DEVICE, seeds=SEEDS)
+    assert tile.lane_classes > 1
+    assert classes % (tile.lane_classes * tile.classes) != 0
+    assert_accurate((1, classes, 2, 2), (4, 3), dtype, "triton", device=DEVICE, seeds=SEEDS)
 
 
 def test_a_label_that_names_no_class_makes_its_pixel_nan():
@@ -92,9 +94,10 @@ def test_two_runs_are_bitwise_the_same():
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("shape", "size", "align_corners"), SIZES, ids=str)
-def test_argmax(shape, size, align_corners):
-    assert_argmax(shape, size, torch.float32, "triton", align_corners=align_corners, device=DEVICE)
+def test_argmax(shape, size, align_corners, dtype):
+    assert_argmax(shape, size, dtype, "triton", align_corners=align_corners, device=DEVICE)
     assert ak.last_backend("upsampled_argmax") == "triton"
 
 

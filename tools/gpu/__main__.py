@@ -23,6 +23,8 @@ from .store import Store
 from .tree import ROOT, tree_hash
 
 FOLDER = ROOT / "bench-results" / "gpu"
+BUDGET = 540.0
+"""Seconds of one call."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.gpu", description=__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the record lies and is gone on with")
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), help="folder that gets a copy")
-    parser.add_argument("--budget", type=float, default=float(os.environ.get("BUDGET", "540")), help="seconds")
+    parser.add_argument("--budget", type=float, default=float(os.environ.get("BUDGET", BUDGET)), help="seconds")
     parser.add_argument("--full", action="store_true", help="go on with the rest; call again until all is done")
     parser.add_argument("--stages", nargs="+", choices=[stage.name for stage in STAGES], help="these alone")
     parser.add_argument("--again", action="store_true", help="put aside what earlier calls did and begin anew")

@@ -48,6 +48,7 @@ class Campaign:
         scale: what the stages' seconds are multiplied by.
         reserve: seconds kept at the end.
         environment: variables for the stages.
+        at_once: how many stages of a group run at the same time at most; None starts all of them.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class Campaign:
         scale: float = 1.0,
         reserve: float = RESERVE,
         environment: Mapping[str, str] | None = None,
+        at_once: int | None = None,
     ) -> None:
+        self.at_once = at_once
         self.store, self.tree, self.command, self.scale = store, tree, command, scale
         self.end = time.monotonic() + budget - reserve
         self.least = _LEAST * scale
@@ -80,7 +83,7 @@ class Campaign:
             if left < self.least:
                 self.store.note(f"{', '.join(stage.name for stage in group)}: no time left; call again to go on")
                 continue
-            self._run_group(group, left)
+            self._run_group(group)
         self._collect(final=True)
         entries = self.store.record["stages"]
         return all(entries[stage.name]["status"] != FAILED for stage in stages if stage.name in entries)
@@ -95,19 +98,13 @@ class Campaign:
             return bool(changed) or not self.store.had_caches
         return bool(entry["status"] == FAILED and changed)
 
-    def _run_group(self, group: Sequence[Stage], left: float) -> None:
+    def _run_group(self, group: Sequence[Stage]) -> None:
+        waiting = list(group)
         running: dict[Stage, Process] = {}
         try:
-            for stage in group:
-                seconds = min(stage.seconds * self.scale, left)
-                try:
-                    running[stage] = self._start(stage, seconds)
-                except OSError as error:
-                    entry = {"status": FAILED, "tree": self.tree, "exit_code": None, "reason": str(error)}
-                    self.store.record["stages"][stage.name] = entry
-                    self.store.note(f"{stage.name}: {FAILED}: {error}")
-            self.store.save()
-            while running:
+            while waiting or running:
+                while waiting and len(running) < (self.at_once or len(group)):
+                    self._start(waiting.pop(0), running)
                 for stage, process in list(running.items()):
                     if process.poll():
                         self._finish(stage, process)
@@ -120,15 +117,22 @@ class Campaign:
                 process.stop()
                 self._finish(stage, process)
 
-    def _start(self, stage: Stage, seconds: float) -> Process:
+    def _start(self, stage: Stage, running: dict[Stage, Process]) -> None:
+        """Add the stage's process to those that are running; a stage that cannot start has failed."""
         if self.store.entry(stage).get("tree", self.tree) != self.tree:
             self.store.empty(stage)
         place = self.store.place(stage)
         self.store.record["stages"][stage.name] = {"status": RUNNING, "tree": self.tree}
-        command = self.command(stage, place, seconds)
+        seconds = min(stage.seconds * self.scale, self.end - time.monotonic())
         log = place / OUTPUT
         log.unlink(missing_ok=True)
-        return Process(command, log, seconds, self.environment, ROOT)
+        try:
+            running[stage] = Process(self.command(stage, place, seconds), log, seconds, self.environment, ROOT)
+        except OSError as error:
+            entry = {"status": FAILED, "tree": self.tree, "exit_code": None, "reason": str(error)}
+            self.store.record["stages"][stage.name] = entry
+            self.store.note(f"{stage.name}: {FAILED}: {error}")
+        self.store.save()
 
     def _finish(self, stage: Stage, process: Process) -> None:
         self.store.collect()

@@ -13,6 +13,7 @@ import annnet_kernels as ak
 from tools import standin
 from tools.standin.devices import CudaAsCpu
 
+from . import steps
 from .store import RESULT
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -23,7 +24,7 @@ def run(step: str, options: Sequence[str], mode: str, place: Path) -> int:
     """Run a step on the stand-in.
 
     Args:
-        step: ``"warm-up"`` (options: module and dtype) or ``"host path"``.
+        step: ``"warm-up"`` (options: which share of how many) or ``"host path"``.
         mode: of the stand-in.
         place: gets the counts.
     """
@@ -31,10 +32,8 @@ def run(step: str, options: Sequence[str], mode: str, place: Path) -> int:
     torch.set_num_threads(1)
     problems: list[str] = []
     if step == "warm-up":
-        module, dtype = options
         with CudaAsCpu():
-            ready = ak.warmup((getattr(torch, dtype),), "cuda", (module,))
-        print(f"{ready} launches of {module} are ready in {dtype}")
+            steps.warm_up(place, 0.0, options)
     else:
         problems = list(host_path(recorder))
     counts = {

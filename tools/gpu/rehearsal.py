@@ -4,13 +4,15 @@ Warm-up and the host path of blocks and operators run on the stand-in driver (to
 sm_90, launches checked and not run. Build, tests, accuracy, profile and times need a GPU; their processes play that
 they pass, fail, hang, crash or run out of memory. Exit code 1 where scheduling, record or host path is wrong.
 
-``--short`` compiles nothing and warms up one module. The last lines say what a rehearsal cannot show.
+``--short`` compiles nothing, goes through one share of the warm-up, and counts no seconds. The last lines say what a
+rehearsal cannot show.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -24,10 +26,11 @@ from typing import Any
 
 from benchmarks.records import RECORD
 
-from .__main__ import new_record
+from .__main__ import BUDGET, new_record
 from .campaign import RESERVE, Campaign, Command
 from .finish import finish
 from .stages import STAGES, Stage
+from .steps import WORKERS
 from .store import DONE, FAILED, MAX_FILE_BYTES, MAX_FILES, PARTIAL, Record, Store
 from .tree import ROOT
 
@@ -35,8 +38,8 @@ CORES = 16
 """Of the machine that seconds are counted for."""
 PLAYED_SECONDS = 30.0
 """The limit of a played stage, in which it only writes a few lines; a hang takes all of it."""
-REAL_SECONDS = 1500.0
-"""The limit of a stage that really compiles, here on few cores."""
+REAL_SECONDS = 1800.0
+"""The limit of a stage that really compiles. It only ends a hang: what counts is CPU time, see ``counted``."""
 HOST_PATH = Stage("host path", "host path")
 FAULTS = {
     "profile": "fail",
@@ -81,7 +84,7 @@ def rehearsed(short: bool) -> tuple[list[Stage], dict[str, str]]:
     mode = "record" if short else "compile"
     stages, behaviours = [], {HOST_PATH.name: mode}
     for stage in [s for s in STAGES if not s.full]:
-        real = stage.step == "warm-up" and (not short or stage.options == ("pyramid_pool", "bfloat16"))
+        real = stage.step == "warm-up" and (not short or stage.options[0] == "1")
         if real:
             behaviours[stage.name] = mode
         if real or not short or not stage.preparation or stage.step == "build":
@@ -89,10 +92,10 @@ def rehearsed(short: bool) -> tuple[list[Stage], dict[str, str]]:
     return [*stages, replace(HOST_PATH, seconds=REAL_SECONDS)], behaviours
 
 
-def campaign(folder: Path, behaviours: Mapping[str, str], tree: str = "one", budget: float = 4000.0) -> Campaign:
-    """A campaign of played stages on the record in ``folder``."""
+def campaign(folder: Path, behaviours: Mapping[str, str], tree: str = "one", budget: float = math.inf) -> Campaign:
+    """A campaign of played stages on the record in ``folder``, no more of them at once than there are cores."""
     store = Store(folder / "record", folder / "out", new_record())
-    return Campaign(store, budget, tree, command_with(behaviours), reserve=0.0, scale=1.0)
+    return Campaign(store, budget, tree, command_with(behaviours), reserve=0.0, at_once=os.cpu_count())
 
 
 def statuses(record: Record) -> dict[str, str]:
@@ -220,26 +223,38 @@ def is_zombie(pid: int) -> bool:
 # Counted time
 
 
-def counted(record: Record, cores: int = CORES) -> tuple[list[tuple[str, float]], float]:
-    """Seconds of every stage on ``cores`` cores, and their sum.
+def counted(record: Record, cores: int = CORES) -> list[tuple[str, float]]:
+    """Seconds of every stage on ``cores`` cores.
 
-    Processes that run together are scheduled by the CPU seconds that they took here, longest first; what could only be
-    played counts with its whole limit.
+    Processes that run together share the cores evenly. A warm-up needs the CPU seconds that it took here; all others
+    could only be played, and count as busy until their limit: tests with all their workers, everything else with one
+    process. What runs alone counts with its limit.
     """
-    rows: list[tuple[str, float]] = []
-    free = [0.0] * cores
-    played = 0.0
-    for stage in sorted((s for s in STAGES if not s.full), key=lambda s: -cpu_seconds(record, s)):
-        if stage.together is None:
-            rows.append((stage.name, stage.seconds))
-        elif stage.step == "warm-up":
-            core = free.index(min(free))
-            free[core] += cpu_seconds(record, stage)
-        else:
-            played = max(played, stage.seconds)
-    rows.insert(0, ("first group, limit", played))
-    total = sum(seconds for _, seconds in rows) + RESERVE
-    return [("first group: warm-up, counted", max(free)), *rows], total
+    first = [stage for stage in STAGES if stage.together is not None]
+    busy = sum(WORKERS if stage.step == "tests" else 1 for stage in first if stage.step != "warm-up")
+    needs = sorted(cpu_seconds(record, stage) for stage in first if stage.step == "warm-up")
+    warmed_up = done = 0.0
+    for finished, need in enumerate(needs):
+        warmed_up += (need - done) * max(1.0, (busy + len(needs) - finished) / cores)
+        done = need
+    alone = [(stage.name, stage.seconds) for stage in STAGES if stage.together is None and not stage.full]
+    return [
+        (f"first group, in which warm-up takes {warmed_up:.1f}", max(warmed_up, *(stage.seconds for stage in first))),
+        *alone,
+        ("tables and plots", RESERVE),
+    ]
+
+
+def fits(record: Record) -> bool:
+    """Print the counted seconds; whether they are within what a call may take."""
+    rows = counted(record)
+    total = sum(seconds for _, seconds in rows)
+    print(f"Seconds on {CORES} cores, warm-up counted from its CPU seconds here, the rest by its limits:")
+    for name, seconds in [*rows, (f"in all, {BUDGET:.0f} allowed", total)]:
+        print(f"{seconds:8.1f}  {name}")
+    if total > BUDGET:
+        print("WRONG: the stages do not fit into a call")
+    return total <= BUDGET
 
 
 def cpu_seconds(record: Record, stage: Stage) -> float:
@@ -276,13 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"right: {name}", flush=True)
     for stage, counts in record.get("standin", {}).items():
         print(f"{stage}: {counts}")
-    rows, total = counted(record)
-    print(
-        f"Seconds on {CORES} cores; warm-up counted from CPU seconds here ({os.cpu_count()} cores), the rest its limit:"
-    )
-    for name, seconds in rows:
-        print(f"{seconds:8.1f}  {name}")
-    print(f"{total:8.1f}  in all, {RESERVE:.0f} of them for tables and plots")
+    wrong += 0 if chosen.short or fits(record) else 1
     print("A rehearsal cannot show:", *(f"  {line}" for line in CANNOT_SHOW), sep="\n")
     return 1 if wrong else 0
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-DTYPES = ("bfloat16", "float16", "float32")
-MODULES = ("asymmetric_attention", "bn_relu_pool", "batch_norm", "pyramid_pool", "upsampled_cross_entropy")
+WARM_UP_SHARES = 12
+"""Processes that compile the kernels. One alone would need minutes: a variant takes one or two seconds."""
 
 BLOCK_TESTS = ("test_cuda.py", "test_amp.py", "test_modules.py", "test_compile.py")
 """Files whose GPU tests concern blocks: streams, graphs, determinism, mixed precision, compilation."""
@@ -48,9 +48,8 @@ def _first_group() -> list[Stage]:
     seconds, group = 60.0, "first"
     build = Stage("build", "build", seconds=seconds, together=group, preparation=True)
     warm = [
-        Stage(f"warm-up {module} {dtype}", "warm-up", (module, dtype), seconds, group, preparation=True)
-        for dtype in ("bfloat16", "float32")
-        for module in MODULES
+        Stage(f"warm-up {share}", "warm-up", (str(share), str(WARM_UP_SHARES)), seconds, group, preparation=True)
+        for share in range(1, WARM_UP_SHARES + 1)
     ]
     peers = [
         Stage(f"compile {block} {mode}, {peer}", "compile", (block, mode, peer), seconds, group, preparation=True)

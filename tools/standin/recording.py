@@ -136,8 +136,10 @@ class _NotCompiled:
     def launch_metadata(self, *_: Any) -> None:
         return None
 
-    def run(self, *_: Any) -> None:
-        return None
+    def run(self, x: int, y: int, z: int, *_: Any) -> None:
+        """Refuse the grids that the driver refuses when a kernel is compiled."""
+        if not (1 <= x < 2**31 and 1 <= y < 2**16 and 1 <= z < 2**16):
+            raise RuntimeError(f"the stand-in refuses the grid {(x, y, z)}")
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return self.run
