@@ -93,6 +93,9 @@ gpu-full:
 rehearse: $(BENCH_READY)  ## the GPU campaign without a GPU: every stage in its real process, kernels compiled for sm_90
 	$(BIN)/python -m tools.gpu.rehearsal
 
+launches: $(BENCH_READY)  ## what a step of the blocks launches, ours and plain, and the host's time; JSON=1 for a program
+	@$(BIN)/python -m tools.launches $(if $(JSON),--json)
+
 ARCH ?= 90
 
 phases: $(BENCH_READY) $(NATIVE_READY)  ## what a training step sends to a GPU, and its floors; JSON=1 for a program
