@@ -135,8 +135,8 @@ def _plan_pass(
         "grad_strides": token_strides_argument(tokens, token_major),
         "map_strides": strides_argument(gradients.map),
         "map_row_stride": 0 if gradients.map is None else gradients.map.stride(2),
-        "dy_strides": strides_argument(dy),
-        "dy_row_stride": None if dy is None else dy.stride(2),
+        "dy_strides": None if dy is None else strides_argument(dy),
+        "dy_row_stride": 0 if dy is None else dy.stride(2),
         "walk": walk_argument(layout, tile, levels_argument(heights, widths)),
     }
     return Launch(bn_relu_bwd_kernel, (parts.programs,), arguments, tile.warps, tile.stages, tile.max_registers), count

@@ -51,7 +51,7 @@ def bn_relu_bwd_kernel(
 ):
     """With g = [z lets pass] · (map + spread tokens): Σ g and Σ g·ŷ of a part, or dy = weight · invstd · (g − …).
 
-    Grid: (B · ⌈C / walk.channels⌉ · splits · tiles,). norm is a table (4, C). With ``dy_row_stride`` None
+    Grid: (B · ⌈C / walk.channels⌉ · splits · tiles,). norm is a table (4, C). Without ``dy_strides``
     out gets the sums of every part, (parts, 2, C). Otherwise it gets dy (B, C, H, W) =
     weight · invstd · (g − (sums[0] + ŷ · sums[1]) · per_value), with sums (2, C) if given.
     """
@@ -77,7 +77,7 @@ def bn_relu_bwd_kernel(
         grad = grad_ptr + batch * integer(grad_strides.batch)
         held, bins = start_walk(top, height, walk)
         edge = top
-    if dy_row_stride is not None:
+    if dy_strides is not None:
         dy_offsets = part_offsets(dy_strides, walk)
         dy_origin = out_ptr + part_origin(batch, first_channel, top, left, dy_strides, walk)
         scale = weight * invstd
@@ -102,7 +102,7 @@ def bn_relu_bwd_kernel(
             gradient += others
         normal = (values - mean) * invstd
         gradient = tl.where(normal * weight + bias <= 0.0, 0.0, gradient)
-        if dy_row_stride is not None:
+        if dy_strides is not None:
             if sums_ptr is not None:
                 gradient = gradient - mean_g - normal * mean_gy
             store_row(dy_origin + row_offset(k, dy_row_stride), scale * gradient, dy_offsets, mask, walk)
@@ -110,7 +110,7 @@ def bn_relu_bwd_kernel(
             sum_g += tl.where(mask, gradient, 0.0)
             sum_gy += tl.where(mask, gradient * normal, 0.0)
 
-    if dy_row_stride is None:
+    if dy_strides is None:
         n_splits, n_tiles = tl.cdiv(height, split_rows), tl.cdiv(width, tile_columns)
         partial = out_ptr + ((batch * n_splits + split) * n_tiles + tile) * 2 * n_channels + channels
         tl.store(partial, tl.sum(sum_g, axis=1), mask=exists)
