@@ -55,9 +55,9 @@ def bn_relu_bwd_kernel(
     out gets the sums of every part, (parts, 2, C). Otherwise it gets dy (B, C, H, W) =
     weight · invstd · (g − (sums[0] + ŷ · sums[1]) · per_value), with sums (2, C) if given.
     """
-    batch, first_channel, (split, top, bottom), (tile, left, right) = own_part(
-        n_channels, height, width, tile_columns, split_rows, walk
-    )
+    batch, first_channel, own_rows, own_columns = own_part(n_channels, height, width, tile_columns, split_rows, walk)
+    split, top, bottom = own_rows
+    tile, left, right = own_columns
     channels = first_channel + tl.arange(0, walk.channels)
     columns = left + tl.arange(0, walk.columns)
     exists = channels < n_channels

@@ -73,7 +73,9 @@ def _write_row_bin(
     level: tl.constexpr, walk,
 ):  # fmt: skip
     """Sum row bin ``i`` over each column bin it meets; write finished tokens to ``out``, the others as partial sums."""
-    (split, top, bottom), (tile, left, right) = part
+    own_rows, own_columns = part
+    split, top, bottom = own_rows
+    tile, left, right = own_columns
     n_splits, n_tiles = cuts
     COLUMNS: tl.constexpr = walk.levels[level][1]
     first, stop = bins_between(left, right, width, COLUMNS)

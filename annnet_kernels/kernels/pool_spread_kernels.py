@@ -106,9 +106,9 @@ def pyramid_pool_bwd_kernel(
 
     Grid: (B · ⌈C / walk.channels⌉ · splits · tiles,). grad (B, C, T) by strides, dx (B, C, H, W) by strides.
     """
-    batch, first_channel, (_, top, bottom), (_, left, right) = own_part(
-        n_channels, height, width, tile_columns, split_rows, walk
-    )
+    batch, first_channel, own_rows, own_columns = own_part(n_channels, height, width, tile_columns, split_rows, walk)
+    _, top, bottom = own_rows
+    _, left, right = own_columns
     channels = first_channel + tl.arange(0, walk.channels)
     columns = left + tl.arange(0, walk.columns)
 
