@@ -106,10 +106,13 @@ class Fold:
             yield from module.parameters()
             yield from module.buffers()
 
-    def _fingerprint(self) -> list[tuple[int, ...]]:
-        """Every tensor with its version (inference tensors have none), and every module's mode."""
+    def _fingerprint(self) -> list[tuple[Any, ...]]:
+        """Every tensor with its version (inference tensors have none), and every module's mode and, of a norm, eps."""
         tensors = [(id(t), 0 if t.is_inference() else t._version, t.data_ptr()) for t in self._tensors()]
-        return [*tensors, *((id(m), m.training) for module in self._modules for m in module.modules())]
+        return [
+            *tensors,
+            *((id(m), m.training, getattr(m, "eps", None)) for module in self._modules for m in module.modules()),
+        ]
 
     def is_current(self) -> bool:
         """Whether the module still is what was folded."""

@@ -93,13 +93,26 @@ def other_convolution(net):
     net.context[0] = nn.Conv2d(*net.context[0].weight.shape[1::-1], 3, padding=1).double()
 
 
+def other_eps(net):
+    net.fusion.conv_bn_dropout[1].eps = 0.3
+
+
 def norm_in_training_mode(net):
     net.fusion.conv_bn_dropout[1].train()
 
 
 @pytest.mark.parametrize(
     "change",
-    [optimizer_step, load, train_and_back, assign, other_parameter, other_convolution, norm_in_training_mode],
+    [
+        optimizer_step,
+        load,
+        train_and_back,
+        assign,
+        other_parameter,
+        other_convolution,
+        other_eps,
+        norm_in_training_mode,
+    ],
 )
 def test_a_change_undoes_the_fold(change, monkeypatch):
     net, x = model()

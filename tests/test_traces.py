@@ -9,6 +9,7 @@ import torch
 from checkpoint_states import net
 from fused_pairs import OURS, twins
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import annnet_kernels as ak
 
@@ -94,3 +95,20 @@ def test_a_network_is_traced(trace, folded):
     for size in ((1, 3, 33, 41), (3, 3, 64, 40)):
         x = torch.randn(size)
         torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["AFNB", "APNB"])
+def test_a_trace_with_symbolic_sizes(kind):
+    """``make_fx`` gives sizes as symbols, which no cache takes for a key."""
+    block = (ak.AFNB(6, 8, 8, 4, 4) if kind == "AFNB" else ak.APNB(8, 8, 4, 4)).double().eval()
+    nn.init.normal_(block.stages[0].W.weight)
+    maps = [torch.randn(2, channels, 9, 10, dtype=torch.float64) for channels in ((6, 8) if kind == "AFNB" else (8,))]
+    state = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+
+    def call(state, *maps):
+        return torch.func.functional_call(block, state, maps)
+
+    with torch.no_grad():
+        expected = block(*maps)
+        traced = make_fx(call, tracing_mode="symbolic")(state, *maps)
+        torch.testing.assert_close(traced(state, *maps), expected)

@@ -37,7 +37,7 @@ def order_of(rows: Tensor, weights: Sequence[Tensor]) -> Order:
     Traced code multiplies the weights behind the first ahead of the rest: comparing sizes would tie it to the batch
     that it was traced with.
     """
-    if not is_traced():
+    if not is_traced() and isinstance(rows.shape[0], int):  # a symbol where make_fx traces
         return cheapest_order((rows.shape[0], rows.shape[1], *(weight.shape[0] for weight in weights)))
     if len(weights) == 1:
         return (0, 1)
