@@ -1,4 +1,4 @@
-"""Limits that keep the code readable: parameters of functions and kernels, lines of modules."""
+"""Limits that keep the code readable: who may import whom, parameters of functions and kernels, lines of modules."""
 
 from __future__ import annotations
 
@@ -12,6 +12,74 @@ ROOT = Path(__file__).resolve().parent.parent
 MOST_PARAMETERS, MOST_KERNEL_PARAMETERS, MOST_LINES = 13, 20, 400
 PYTHON = [path for folder in ("annnet_kernels", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.py")]
 NATIVE = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu")]
+
+FLOORS = (
+    {"autocast", "layouts", "native", "pyramid", "tracers", "upsampling"},
+    {"backends", "checks", "onnx"},
+    {"reference"},
+    {"kernels", "ops"},
+    {"functional", "upsampled", "warmup"},
+    {"collapse", "normalization", "structures", "requirements"},
+    {"forward"},
+    {"folding", "row_shards"},
+    {"blocks", "checkpoint_files", "checkpoint_names", "checkpoints", "comparison", "decode_heads", "dialects"},
+    {"heads", "info", "model", "onnx_translation", "parallel", "recognition", "replace"},
+    {"integrations"},
+)
+"""Rooms of the package, from the ground up: a room imports from its own floor and from those below."""
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+def imports_of(module: str, path: Path, modules: dict[str, Path]) -> set[str]:
+    """Modules of the package that a module imports when it is loaded; not those that a function imports later."""
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            typing_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+            if typing_only or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            if isinstance(child, ast.ImportFrom):
+                parts = package[: len(package) - child.level + 1] if child.level else []
+                source = ".".join([*parts, *([child.module] if child.module else [])])
+                found.update(f"{source}.{a.name}" if f"{source}.{a.name}" in modules else source for a in child.names)
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return {name for name in found if name in modules and name not in (module, "annnet_kernels")}
+
+
+def import_graph() -> dict[str, set[str]]:
+    modules = {}
+    for path in (ROOT / "annnet_kernels").rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return {name: imports_of(name, path, modules) for name, path in modules.items() if name != "annnet_kernels"}
+
+
+def test_rooms_import_from_their_floor_or_below():
+    floors = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+    graph = import_graph()
+    assert {room_of(name) for name in graph} == set(floors)
+    upward = [
+        (name, other)
+        for name, others in graph.items()
+        for other in others
+        if floors[room_of(other)] > floors[room_of(name)]
+    ]
+    assert upward == []
+
+
+def test_no_import_goes_round_in_a_circle():
+    graph = import_graph()
+    while graph:
+        free = {name for name, others in graph.items() if not others & set(graph)}
+        assert free, f"a circle among {sorted(graph)}"
+        graph = {name: others for name, others in graph.items() if name not in free}
 
 
 def functions(path: Path) -> Iterator[tuple[str, int, bool]]:
@@ -55,3 +123,16 @@ def test_no_file_is_too_long(paths: list[Path]):
     lines = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("\n") for path in paths}
     assert len(lines) > 20
     assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
+def test_kernels_unpack_tuples_one_at_a_time():
+    """Triton 3.6 finds no names in a tuple within a tuple on the left of an assignment."""
+    nested = [
+        f"{path.name}: {ast.unparse(node)}"
+        for path in (ROOT / "annnet_kernels" / "kernels").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Tuple) and any(isinstance(part, ast.Tuple) for part in target.elts)
+    ]
+    assert nested == []

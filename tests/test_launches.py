@@ -24,7 +24,9 @@ LIMITS = {"AFNB": (58, 20, 9), "APNB": (48, 17, 9)}
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_launches_stay_below_their_limits(dtype):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tools.launches", "--count-only", "--json", "--dtype", dtype]
+    command = [sys.executable, "-m", "tools.launches", "--json", "--dtype", dtype]
+    if dtype == "float32":
+        command.append("--count-only")  # the other goes through Triton's launchers, which see what each argument is
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     table = json.loads(done.stdout.splitlines()[-1])

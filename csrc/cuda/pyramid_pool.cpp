@@ -80,7 +80,7 @@ void spread(const at::Tensor& grad, const std::optional<at::Tensor>& addend, at:
   const c10::cuda::CUDAGuard guard(grad.device());
   at::Tensor target = addend ? at::empty_like(dx) : dx;
   C10_CUDA_CHECK(pyramid_pool_bwd(call_of(target, grad, heights, widths), c10::cuda::getCurrentCUDAStream()));
-  if (addend) at::add_out(dx, *addend, target);
+  if (addend) dx.copy_(addend->add(target));
 }
 
 }  // namespace
