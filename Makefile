@@ -18,11 +18,13 @@ NATIVE_SOURCES := setup.py $(shell find csrc -type f)
 VERSION_TESTS := $(addprefix test_,$(addsuffix .py,asymmetric_attention backends batch_norm blocks distributed export \
 	folding functional info modules native pyramid_pool replace))
 
-.PHONY: bench test test-python test-kernels test-oldest lint native wheel gpu gpu-full rehearse phases clean
+.PHONY: bench install-tests test test-python test-kernels test-oldest lint native wheel gpu gpu-full rehearse launches phases clean
 
 bench: $(BENCH_READY) $(NATIVE_READY)  ## how much faster and smaller than plain PyTorch, on this machine
 	@echo "make: the benchmark"
 	@$(BIN)/python -m benchmarks --quick --out $(OUT)
+
+install-tests: $(TEST_READY)  ## the environment of the tests, without the C++ extension
 
 # Every test; the Triton kernels run in Triton's interpreter, in a process of their own.
 test: $(TEST_READY) $(LEVELS_READY)
