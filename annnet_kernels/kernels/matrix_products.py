@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ..reference.operators import matrix_of
-from .launch import Device, Launch
+from .launch import Device, Launch, device_of
 from .matrix_products_kernels import matrix_product_kernel
 from .plans import planned
 
-_ROWS, _COLUMNS, _DEPTH, _WARPS, _STAGES = 64, 64, 32, 4, 3
+_ROWS, _COLUMNS, _DEPTH, _STAGES = 64, 64, 32, 3
+_WARPS, _HOPPER_WARPS = 8, 4
+"""The three products of a tile spill with four warps, except on Hopper, whose products read shared memory."""
 _PRECISION = "tf32x3"
 """Three products of TF32 halves on tensor cores: an error like float32's, at several times the rate of its units."""
 
@@ -40,14 +42,16 @@ def matrix_products(
 @planned
 def _products(*arguments: Any) -> list[Launch]:
     *known, left, right = arguments
+    device = device_of(known[0])
     targets = known[len(known) - len(left) :]
     factors = ((matrix_of(known, i), matrix_of(known, j)) for i, j in zip(left, right, strict=True))
-    return [launch for (a, b), out in zip(factors, targets, strict=True) for launch in plan(a, b, out)]
+    return [launch for (a, b), out in zip(factors, targets, strict=True) for launch in plan(a, b, out, device)]
 
 
-def plan(a: Tensor, b: Tensor, out: Tensor) -> list[Launch]:
+def plan(a: Tensor, b: Tensor, out: Tensor, device: Device) -> list[Launch]:
     """out = a b."""
     rows, columns = out.shape
+    warps = _HOPPER_WARPS if device.capability[0] == 9 else _WARPS
     programs = -(-rows // _ROWS) * -(-columns // _COLUMNS)
     arguments = {
         "a": Matrix(a, *a.stride()),
@@ -61,7 +65,7 @@ def plan(a: Tensor, b: Tensor, out: Tensor) -> list[Launch]:
         "BLOCK_DEPTH": _DEPTH,
         "PRECISION": _PRECISION,
     }
-    return [Launch(matrix_product_kernel, (programs,), arguments, _WARPS, _STAGES)] if programs else []
+    return [Launch(matrix_product_kernel, (programs,), arguments, warps, _STAGES)] if programs else []
 
 
 def launch_variants(device: Device) -> Iterator[tuple[str, str, Launch]]:
@@ -74,4 +78,4 @@ def launch_variants(device: Device) -> Iterator[tuple[str, str, Launch]]:
             ((rows, weight.t()), (rows, weight), (rows.t(), wide), (wide.t(), rows), (wide, weight)), (rows, weight)
         ):
             target = torch.empty((a.shape[0], b.shape[1]), dtype=out.dtype, device="meta")
-            yield str(dtype).removeprefix("torch."), "dense", plan(a, b, target)[0]
+            yield str(dtype).removeprefix("torch."), "dense", plan(a, b, target, device)[0]

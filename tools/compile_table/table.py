@@ -21,7 +21,14 @@ from annnet_kernels.kernels.launch import Device, Launch
 from . import cuda
 from .machine_code import read
 
-MODULES = ("asymmetric_attention", "pyramid_pool", "bn_relu_pool", "batch_norm", "upsampled_cross_entropy")
+MODULES = (
+    "asymmetric_attention",
+    "pyramid_pool",
+    "bn_relu_pool",
+    "batch_norm",
+    "matrix_products",
+    "upsampled_cross_entropy",
+)
 
 DEVICES = {
     80: Device((8, 0), 108),
