@@ -39,9 +39,18 @@ def asymmetric_attention(
     return op.CastLike(out, query), logsumexp, nothing
 
 
-def batch_norm_table(y: Value, mean: Value, var: Value, weight: Value | None, bias: Value | None, eps: float) -> Value:
+def batch_norm_table(
+    y: Value,
+    mean: Value,
+    var: Value,
+    weight: Value | None,
+    bias: Value | None,
+    conv_bias: Value | None,
+    eps: float,
+) -> Value:
     like = _wide(y)
     mean, var = op.CastLike(mean, like), op.CastLike(var, like)
+    mean = mean if conv_bias is None else op.Sub(mean, op.CastLike(conv_bias, like))
     epsilon = op.CastLike(op.Constant(value=ir.tensor(eps, dtype=ir.DataType.DOUBLE)), like)
     one = op.CastLike(_integers(1), like)
     weight = op.Expand(one, op.Shape(mean)) if weight is None else op.CastLike(weight, like)

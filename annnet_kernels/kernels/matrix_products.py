@@ -12,7 +12,9 @@ from torch import Tensor
 from ..reference.operators import matrix_of
 from .launch import Device, Launch, device_of
 from .matrix_products_kernels import matrix_product_kernel
+from .operands import run_time
 from .plans import planned
+from .pyramid_pool import is_aligned
 
 _ROWS, _COLUMNS, _DEPTH, _STAGES = 64, 64, 32, 3
 _WARPS, _HOPPER_WARPS = 8, 4
@@ -51,11 +53,12 @@ def _products(*arguments: Any) -> list[Launch]:
 def plan(a: Tensor, b: Tensor, out: Tensor, device: Device) -> list[Launch]:
     """out = a b."""
     rows, columns = out.shape
+    aligned = all(map(_is_aligned, (a, b)))
     warps = _HOPPER_WARPS if device.capability[0] == 9 else _WARPS
     programs = -(-rows // _ROWS) * -(-columns // _COLUMNS)
     arguments = {
-        "a": Matrix(a, *a.stride()),
-        "b": Matrix(b, *b.stride()),
+        "a": Matrix(a, *(a.stride() if aligned else map(run_time, a.stride()))),
+        "b": Matrix(b, *(b.stride() if aligned else map(run_time, b.stride()))),
         "out_ptr": out,
         "rows": rows,
         "columns": columns,
@@ -63,9 +66,16 @@ def plan(a: Tensor, b: Tensor, out: Tensor, device: Device) -> list[Launch]:
         "BLOCK_ROWS": _ROWS,
         "BLOCK_COLUMNS": _COLUMNS,
         "BLOCK_DEPTH": _DEPTH,
+        "ALIGNED": aligned,
         "PRECISION": _PRECISION,
     }
     return [Launch(matrix_product_kernel, (programs,), arguments, warps, _STAGES)] if programs else []
+
+
+def _is_aligned(matrix: Tensor) -> bool:
+    """Whether its rows or columns are dense and begin at multiples of 16 elements."""
+    inner, outer = sorted(matrix.stride())
+    return inner == 1 and outer % 16 == 0 and is_aligned(matrix)
 
 
 def launch_variants(device: Device) -> Iterator[tuple[str, str, Launch]]:

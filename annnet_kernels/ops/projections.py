@@ -23,7 +23,7 @@ from ..layouts import is_channels_last
 from .functions import is_traced
 from .matrix_products import launches
 from .normalized import Gradients, Levels
-from .registration import steps
+from .registration import is_batch_of_gradients, steps
 
 
 class Projections(torch.autograd.Function):
@@ -123,7 +123,8 @@ def _pooling_backward(ctx: Any, grad: Tensor | None, before: Tensor | None) -> T
     if grad is None or ctx.levels is None:
         return before
     constants = ctx.pooled_size, *ctx.levels, ctx.channels_last, ctx.backend
-    if before is None or is_traced():  # torch.vmap, over many gradients at a time, serves nothing written in place
+    # torch.vmap, over many gradients at a time, serves nothing that is written in place.
+    if before is None or is_traced() or is_batch_of_gradients(grad):
         spread: Tensor = steps.pyramid_pool_bwd(grad, None, *constants)
         return spread if before is None else before + spread
     steps.pyramid_pool_bwd_(grad, before, *constants)

@@ -36,7 +36,10 @@ class _Steps:
 
 steps: Any = _Steps()
 
-_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), int, bool, float, list}
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+is_batch_of_gradients = torch._C._functorch.is_legacy_batchedtensor
+"""Whether a tensor stands for many, as in ``torch.autograd.grad(..., is_grads_batched=True)``."""
 
 
 def _step(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,7 +62,7 @@ def _step(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
         ):
             return operator(*arguments)
         for x in arguments:
-            if type(x) not in _PLAIN and isinstance(x, torch.Tensor):
+            if isinstance(x, torch.Tensor) and (type(x) not in _PLAIN or is_batch_of_gradients(x)):
                 return operator(*arguments)
         return run(*arguments)
 
