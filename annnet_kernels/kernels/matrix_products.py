@@ -16,9 +16,10 @@ from .operands import run_time
 from .plans import planned
 from .pyramid_pool import is_aligned
 
-_ROWS, _COLUMNS, _DEPTH, _STAGES = 64, 64, 32, 3
-_WARPS, _HOPPER_WARPS = 8, 4
-"""The three products of a tile spill with four warps, except on Hopper, whose products read shared memory."""
+_ROWS, _COLUMNS, _STAGES = 64, 64, 3
+_HOPPER, _OTHERS = (32, 4), (16, 8)
+"""Depth of a step and warps. Hopper's products read shared memory; elsewhere three products of a deeper step spill."""
+
 _PRECISION = "tf32x3"
 """Three products of TF32 halves on tensor cores: an error like float32's, at several times the rate of its units."""
 
@@ -54,7 +55,7 @@ def plan(a: Tensor, b: Tensor, out: Tensor, device: Device) -> list[Launch]:
     """out = a b."""
     rows, columns = out.shape
     aligned = all(map(_is_aligned, (a, b)))
-    warps = _HOPPER_WARPS if device.capability[0] == 9 else _WARPS
+    depth, warps = _HOPPER if device.capability[0] == 9 else _OTHERS
     programs = -(-rows // _ROWS) * -(-columns // _COLUMNS)
     arguments = {
         "a": Matrix(a, *(a.stride() if aligned else map(run_time, a.stride()))),
@@ -65,7 +66,7 @@ def plan(a: Tensor, b: Tensor, out: Tensor, device: Device) -> list[Launch]:
         "depth": a.shape[1],
         "BLOCK_ROWS": _ROWS,
         "BLOCK_COLUMNS": _COLUMNS,
-        "BLOCK_DEPTH": _DEPTH,
+        "BLOCK_DEPTH": depth,
         "ALIGNED": aligned,
         "PRECISION": _PRECISION,
     }

@@ -58,7 +58,7 @@ LEFT_OUT = {
     "test_accuracy_of_maps_of_different_layouts": None,
     "test_accuracy_of_cut_rectified_maps": None,
     "test_accuracy_of_pyramids": {"height": [2], "sizes": [(1,), (11,), ((2, 5), 3), (1, 2, 3, 6)]},
-    "test_accuracy_of_peaked_softmax": {"magnitude": [8.0], "tokens": [200]},
+    "test_accuracy_of_peaked_softmax": None,
     "test_accuracy_of_unusual_scales": {"scale": [0.0, -0.3]},
     "test_norm_skip_and_constant": {
         "layout": ["slice", "transposed", "expanded"],
@@ -76,7 +76,7 @@ LEFT_OUT = {
     "test_memory_around_a_map_is_not_read": None,
     "test_touches_nothing_beyond_its_tensors": {"layout": ["transposed"], "tokens": [150]},
     "test_non_finite_pixel_spoils_only_its_own_output": {"layout": ["channels_last"], "tokens": [150]},
-    "test_accuracy_of_cut_maps": None,
+    "test_accuracy_of_cut_maps": {"layout": ["nchw"]},
     "test_accuracy_of_sizes": None,
     "test_accuracy_of_options": None,
     "test_a_label_that_names_no_class_makes_its_pixel_nan": None,
