@@ -16,9 +16,9 @@ from .operands import run_time
 from .plans import planned
 from .pyramid_pool import is_aligned
 
-_ROWS, _COLUMNS, _STAGES = 64, 64, 3
-_HOPPER, _OTHERS = (32, 4), (16, 8)
-"""Depth of a step and warps. Hopper's products read shared memory; elsewhere three products of a deeper step spill."""
+_ROWS, _COLUMNS = 64, 64
+_HOPPER, _OTHERS = (32, 4, 3), (16, 8, 2)
+"""Depth of a step, warps and stages. Hopper's products read shared memory; elsewhere those of a deeper step spill."""
 
 _PRECISION = "tf32x3"
 """Three products of TF32 halves on tensor cores: an error like float32's, at several times the rate of its units."""
@@ -55,7 +55,7 @@ def plan(a: Tensor, b: Tensor, out: Tensor, device: Device) -> list[Launch]:
     """out = a b."""
     rows, columns = out.shape
     aligned = all(map(_is_aligned, (a, b)))
-    depth, warps = _HOPPER if device.capability[0] == 9 else _OTHERS
+    depth, warps, stages = _HOPPER if device.capability[0] == 9 else _OTHERS
     programs = -(-rows // _ROWS) * -(-columns // _COLUMNS)
     arguments = {
         "a": Matrix(a, *(a.stride() if aligned else map(run_time, a.stride()))),
@@ -70,7 +70,7 @@ def plan(a: Tensor, b: Tensor, out: Tensor, device: Device) -> list[Launch]:
         "ALIGNED": aligned,
         "PRECISION": _PRECISION,
     }
-    return [Launch(matrix_product_kernel, (programs,), arguments, warps, _STAGES)] if programs else []
+    return [Launch(matrix_product_kernel, (programs,), arguments, warps, stages)] if programs else []
 
 
 def _is_aligned(matrix: Tensor) -> bool:
