@@ -129,31 +129,24 @@ class Collapsed(NamedTuple):
 
     tail: Sequence[nn.Module]
     weights: Weights
+    skip_weight: Tensor | None
     constant: Tensor | None
     shift: Shift
+    cancelled: tuple[Tensor, ...]
+    """What batch statistics cancel in a block whose tail uses them. (Fields: torch 2.10 traces no property here.)"""
 
     @classmethod
     def of(cls, parts: Parts) -> Collapsed:
         """Reads every weight once."""
         weights, biases = weights_of(parts), biases_of(parts)
         if parts.join is None or not _cancels_constants(parts.tail):
-            return cls(parts.tail, weights, constant_of(weights, biases), NO_SHIFT)
+            return cls(parts.tail, weights, weights.high, constant_of(weights, biases), NO_SHIFT, ())
         with torch.no_grad():
             constant = constant_of(weights, biases) if parts.tail[0].running_mean is not None else None
         readers = [parts.query] if parts.is_shared() else [parts.key, parts.query]
         ahead = [reader.conv.bias for reader in readers if _is_fusable(reader) and uses_batch_statistics(reader.norm)]
         cancelled = tuple(bias for bias in (*ahead, *biases) if bias is not None)
-        return cls(parts.tail, weights, None, Shift(constant, cancelled))
-
-    @property
-    def skip_weight(self) -> Tensor | None:
-        """None without a bottleneck."""
-        return self.weights.high
-
-    @property
-    def cancelled(self) -> Sequence[Tensor]:
-        """All that batch statistics cancel in a block whose tail uses them, in the tail's one tensor of zeros."""
-        return self.shift.biases
+        return cls(parts.tail, weights, weights.high, None, Shift(constant, cancelled), cancelled)
 
     def values(self, tokens: Tensor) -> Tensor:
         """The collapse itself."""
