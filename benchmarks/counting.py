@@ -62,11 +62,8 @@ class _Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         formula = _FORMULAS.get(func._overloadpacket)
-        if formula is None and func.namespace == "aten":
-            with self:
-                decomposed = func.decompose(*args, **kwargs)
-            if decomposed is not NotImplemented:
-                return decomposed
+        if formula is None and (result := decomposed(self, func, args, kwargs)) is not NotImplemented:
+            return result
         result = func(*args, **kwargs)
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         if outputs and func.namespace != "prim":
@@ -88,6 +85,14 @@ class _Ledger(TorchDispatchMode):
                 self.live += storage.nbytes()
                 weakref.finalize(storage, self._free, id(storage), storage.nbytes())
         self.peak = max(self.peak, self.live)
+
+
+def decomposed(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of an operator of PyTorch by the operators that it is made of, each seen by ``mode``, if it is."""
+    if func.namespace != "aten":
+        return NotImplemented
+    with mode:
+        return func.decompose(*args, **kwargs)
 
 
 def moves_nothing(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:

@@ -7,16 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.counting import moves_nothing
 
 from ..standin import Recorder
-
-# These make another view of memory, ask a question or reserve memory; nothing runs on a device.
-_LAUNCHES_NOTHING = (
-    "view", "expand", "t.", "transpose", "permute", "slice.", "select.", "unbind", "split", "alias", "detach",
-    "as_strided", "squeeze", "unsqueeze", "_unsafe_view", "_reshape_alias", "empty", "new_empty", "is_same", "set_.",
-    "lift_fresh", "promote_types", "result_type",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,9 +54,14 @@ class _Listener(TorchDispatchMode):
             result = func(*args, **keywords)
             self.calls.kernels += [launch.kernel for launch in self.recorder.launches[before:]]
             return result
-        if not func.__name__.startswith(_LAUNCHES_NOTHING):
+        result = func(*args, **keywords)
+        inputs, outputs = (
+            [x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, keywords), result)
+        )
+        is_view = func.is_view or torch.Tag.inplace_view in func.tags
+        if (inputs or outputs) and not is_view and not moves_nothing(func, inputs, outputs):
             self.calls.library.append(LibraryCall(func, args, keywords))
-        return func(*args, **keywords)
+        return result
 
 
 def calls_of(recorder: Recorder, call: Callable[[], object]) -> Calls:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 import annnet_kernels as ak
 from annnet_kernels.kernels import launch as launching
 from annnet_kernels.kernels.launch import Device, Launch
-from benchmarks.counting import bytes_of, moves_nothing
+from benchmarks.counting import bytes_of, decomposed, moves_nothing
 
 from ..standin import recording
 
@@ -87,11 +87,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         formula = _formula(func)
-        if formula is None and func.namespace == "aten":
-            with self:
-                decomposed = func.decompose(*args, **kwargs)
-            if decomposed is not NotImplemented:
-                return decomposed
+        if formula is None and (result := decomposed(self, func, args, kwargs)) is not NotImplemented:
+            return result
         result = func(*args, **kwargs)
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
