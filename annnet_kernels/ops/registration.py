@@ -61,9 +61,8 @@ def _step(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
             or torch._C._get_tracing_state() is not None
         ):
             return operator(*arguments)
-        for x in arguments:
-            if isinstance(x, torch.Tensor) and (type(x) not in _PLAIN or is_batch_of_gradients(x)):
-                return operator(*arguments)
+        if any(type(x) not in _PLAIN or is_batch_of_gradients(x) for x in _tensors_of(arguments)):
+            return operator(*arguments)
         return run(*arguments)
 
     return call
