@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import annnet_kernels as ak
 from annnet_kernels.ops import Projections, projections
 from annnet_kernels.ops.normalized import Levels
 
@@ -81,3 +83,21 @@ def test_one_map_for_both(as_matrices, monkeypatch):
     leaves = high, weight, bias, skip_weight
     gradients = (torch.autograd.grad([pair[side] for pair in pairs], leaves, upstream) for side in (0, 1))
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("kind", ["AFNB", "APNB"])
+def test_a_batch_of_gradients_where_work_is_launched(kind, monkeypatch):
+    """As on a GPU, where products of weights are an operator of this package and sums are made in place."""
+    for module in (projections, importlib.import_module("annnet_kernels.ops.matrix_products")):
+        monkeypatch.setattr(module, "launches", lambda _: True)
+    block = (ak.AFNB(6, 8, 8, 4, 4) if kind == "AFNB" else ak.APNB(8, 8, 4, 4)).double()
+    torch.nn.init.normal_(block.stages[0].W.weight)
+    channels = (6, 8) if kind == "AFNB" else (8,)
+    maps = [torch.randn(2, c, 9, 10, dtype=torch.float64) for c in channels]
+    maps = [x.contiguous(memory_format=torch.channels_last).requires_grad_() for x in maps]
+    out, leaves = block(*maps), [*maps, *block.parameters()]
+    upstreams = torch.randn(3, *out.shape, dtype=torch.float64)
+    batched = torch.autograd.grad(out, leaves, upstreams, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(out, leaves, upstream, retain_graph=True) for upstream in upstreams]
+    for found, expected in zip(batched, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.stack(expected))

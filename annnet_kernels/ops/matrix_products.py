@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import reference
 from ..autocast import no_autocast
 from ..reference.operators import accumulator_of, matrix_of
-from .registration import register, steps
+from .registration import is_batch_of_gradients, register, steps
 
 
 class Program(NamedTuple):
@@ -68,9 +68,14 @@ def launches(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def _stand_for_many(matrices: Sequence[Tensor]) -> bool:
+    """Whether a transform batches the products, which PyTorch's own know how to do."""
+    return torch._C._are_functorch_transforms_active() or any(map(is_batch_of_gradients, matrices))
+
+
 def matrix_products(matrices: Sequence[Tensor], program: Program) -> list[Tensor]:
     """The products of a program, each a matrix in its dtype; not differentiable."""
-    if launches(matrices[0].device):
+    if launches(matrices[0].device) and not _stand_for_many(matrices):
         products: list[Tensor] = steps.matrix_products(list(matrices), *program)
         return products
     known, wide = list(matrices), accumulator_of(*(matrix.dtype for matrix in matrices))

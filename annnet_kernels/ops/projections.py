@@ -106,11 +106,16 @@ def _convolution_backward(
 
 def _add_product(before: Tensor, grad: Tensor, weight: Tensor) -> bool:
     """before += grad W by one product, where both maps are matrices and a sum would be a launch of its own."""
-    if not launches(before.device) or not all(_is_matrix(x) for x in (before, grad)):
+    if not launches(before.device) or _stands_for_many(grad) or not all(map(_is_matrix, (before, grad))):
         return False
     target, source = (x.permute(0, 2, 3, 1).view(-1, x.shape[1]) for x in (before, grad))
     target.addmm_(source, weight.view(weight.shape[:2]))
     return True
+
+
+def _stands_for_many(grad: Tensor) -> bool:
+    """Whether a tracer or ``torch.vmap`` looks on, which serve nothing that is written in place."""
+    return is_traced() or is_batch_of_gradients(grad)
 
 
 def _is_matrix(x: Tensor) -> bool:
@@ -123,8 +128,7 @@ def _pooling_backward(ctx: Any, grad: Tensor | None, before: Tensor | None) -> T
     if grad is None or ctx.levels is None:
         return before
     constants = ctx.pooled_size, *ctx.levels, ctx.channels_last, ctx.backend
-    # torch.vmap, over many gradients at a time, serves nothing that is written in place.
-    if before is None or is_traced() or is_batch_of_gradients(grad):
+    if before is None or _stands_for_many(grad):
         spread: Tensor = steps.pyramid_pool_bwd(grad, None, *constants)
         return spread if before is None else before + spread
     steps.pyramid_pool_bwd_(grad, before, *constants)
