@@ -312,8 +312,8 @@ void batch_norm_bwd_sums(const at::Tensor& grad_out, const at::Tensor& y, const 
 }
 
 void batch_norm_bwd_input(const at::Tensor& grad_out, const at::Tensor& y, const at::Tensor& norm,
-                          const OptionalTensor& channel_scale, bool relu, const OptionalTensor& sums,
-                          int64_t count, at::Tensor& dy) {
+                          const OptionalTensor& channel_scale, bool relu, const OptionalTensor& sums, int64_t count,
+                          at::Tensor& dy) {
   const Tables tables(y, norm, channel_scale, sums ? OptionalTensor(sums->div(count)) : sums);
   check_like(grad_out, "grad_out", y);
   check_like(dy, "dy", y);

@@ -89,8 +89,8 @@ void bn_relu_bwd_sums(const at::Tensor& y, const at::Tensor& norm, const MaybeTe
 }
 
 void bn_relu_bwd_input(const at::Tensor& y, const at::Tensor& norm, const MaybeTensor& grad_tokens,
-                       const MaybeTensor& grad_map, const MaybeTensor& sums, int64_t count,
-                       at::IntArrayRef heights, at::IntArrayRef widths, at::Tensor& dy) {
+                       const MaybeTensor& grad_map, const MaybeTensor& sums, int64_t count, at::IntArrayRef heights,
+                       at::IntArrayRef widths, at::Tensor& dy) {
   check_gradients(y, grad_tokens, grad_map, heights, widths);
   const NormTable table = norm_of(norm, y);
   ANNNET_CHECK_SHAPE(dy, y.size(0), y.size(1), y.size(2), y.size(3));
