@@ -3,14 +3,14 @@
 from importlib import import_module
 from typing import Any
 
-from .backends import last_backend, use_backend
-from .blocks import AFNB, APNB
-from .checkpoints import load_checkpoint, to_dialect
-from .folding import fold_for_inference
+from .blocks.folding import fold_for_inference
+from .blocks.modules import AFNB, APNB
 from .functional import asymmetric_attention, pyramid_pool, token_regions
+from .interop.checkpoints import load_checkpoint, to_dialect
+from .interop.replace import replace_blocks, restore_blocks
 from .model import ANNNet
 from .reference import NonLocalBlock
-from .replace import replace_blocks, restore_blocks
+from .runtime.backends import last_backend, use_backend
 from .upsampled import upsampled_argmax, upsampled_cross_entropy
 from .warmup import warmup
 

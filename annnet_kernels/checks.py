@@ -12,8 +12,8 @@ from numbers import Integral, Real
 
 import torch
 
-from .autocast import autocast_dtype
-from .tracers import jit_tracing
+from .runtime.autocast import autocast_dtype
+from .runtime.tracers import jit_tracing
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from . import checks, onnx, pyramid
-from .autocast import autocast_dtype, no_autocast
-from .backends import requested_backend
 from .ops import AsymmetricAttention, PyramidPool
 from .ops.functions import apply
+from .runtime.autocast import autocast_dtype, no_autocast
+from .runtime.backends import requested_backend
 
 PoolSizes = Sequence[int | tuple[int, int]]
 

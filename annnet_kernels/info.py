@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, backends, native
+from . import __version__
 from .checks import FLOAT_DTYPES
 from .ops.registration import NAMESPACE, TRITON_MODULES
+from .runtime import backends, native
 
 _PACKAGES = ("triton", "numpy", "torchvision", "mmsegmentation", "mmcv", "mmcv-lite")
 

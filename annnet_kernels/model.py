@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks
-from .blocks import AFNB, APNB
-from .checkpoint_files import read_state_dict
-from .checkpoints import CheckpointReport, head_options, load_state
-from .folding import merged_convolution
+from .blocks.folding import merged_convolution
+from .blocks.modules import AFNB, APNB
+from .interop.checkpoint_files import read_state_dict
+from .interop.checkpoints import CheckpointReport, head_options, load_state
 from .pyramid import POOL_SIZES
 from .reference.blocks import NormLayer, PlainAFNB, PlainAPNB, PoolSizes
-from .tracers import symbolic
+from .runtime.tracers import symbolic
 
 BACKBONES = ("resnet50", "resnet101")
 

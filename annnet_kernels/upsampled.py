@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, onnx
-from .autocast import autocast_dtype
-from .backends import requested_backend
 from .ops import UpsampledCrossEntropy
 from .ops.functions import apply
+from .runtime.autocast import autocast_dtype
+from .runtime.backends import requested_backend
 
 REDUCTIONS = ("none", "mean", "sum")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from . import checks
-from .backends import why_not
+from .runtime.backends import why_not
 
 _LAUNCH_MODULES = (
     "pyramid_pool",

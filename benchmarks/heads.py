@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import annnet_kernels as ak
 from annnet_kernels.decode_heads.algebra import convolve_resized
-from annnet_kernels.decode_heads.replacing import dialect_of, retype
+from annnet_kernels.interop.replace_heads import dialect_of, retype
 
 from .published import do_without_compiled_operators
 

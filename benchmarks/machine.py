@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import annnet_kernels
-from annnet_kernels import native
+from annnet_kernels.runtime import native
 
 from .measure import seconds_of
 

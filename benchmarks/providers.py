@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import annnet_kernels as ak
 from annnet_kernels import reference
-from annnet_kernels.folding import merged_convolution
+from annnet_kernels.blocks.folding import merged_convolution
 from annnet_kernels.pyramid import POOL_SIZES
 from annnet_kernels.reference.blocks import AttentionStage, PlainAFNB, PlainAPNB, PyramidPooling
 from annnet_kernels.reference.truth import pooling_matrix

@@ -7,7 +7,7 @@ import torch
 from fused_pairs import pair  # noqa: F401
 from row_shards_rule import alone, pool  # noqa: F401
 
-from annnet_kernels import backends
+from annnet_kernels.runtime import backends
 
 
 @pytest.fixture(autouse=True)

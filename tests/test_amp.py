@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import annnet_kernels as ak
-from annnet_kernels.autocast import autocast_dtype
+from annnet_kernels.runtime.autocast import autocast_dtype
 
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 PRECISIONS = [

@@ -13,7 +13,7 @@ from block_rule import CLASSES, KEY, VALUE, build, draw_maps
 from fused_pairs import assert_equal_calls, changed_alike
 from torch import nn
 
-from annnet_kernels import requirements
+from annnet_kernels.blocks import requirements
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,8 +9,8 @@ from helpers import LAYOUTS, assert_as_accurate_as_plain, random_map
 from torch.autograd import forward_ad
 
 import annnet_kernels as ak
-from annnet_kernels import native
 from annnet_kernels.layouts import is_channels_last
+from annnet_kernels.runtime import native
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NATIVE = pytest.param(

@@ -17,7 +17,7 @@ from helpers import LAYOUTS, random_map, surrounded
 from torch import Tensor
 
 import annnet_kernels as ak
-from annnet_kernels import native
+from annnet_kernels.runtime import native
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import annnet_kernels as ak
 from annnet_kernels.ops import NormalizedAttention
 from annnet_kernels.ops.normalized import Levels, Share
-from annnet_kernels.row_shards import RectifiedAttention
+from annnet_kernels.parallel.row_shards import RectifiedAttention
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import annnet_kernels as ak
-from annnet_kernels import backends, native
+from annnet_kernels.runtime import backends, native
 
 
 def choose(*arguments, **options):

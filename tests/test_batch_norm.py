@@ -9,7 +9,7 @@ from batch_norm_rule import EPS, assert_tail_accurate, statistics, tail, vector_
 from helpers import LAYOUTS, assert_as_accurate_as_plain, random_map, relative_error
 
 import annnet_kernels as ak
-from annnet_kernels import native
+from annnet_kernels.runtime import native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

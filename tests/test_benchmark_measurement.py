@@ -10,7 +10,7 @@ import torch
 from benchmark_cases import AFNB, APNB, CPU, OURS, PLAIN, POOL, RandomFeatures, named, run_case
 
 import annnet_kernels as ak
-from annnet_kernels import native
+from annnet_kernels.runtime import native
 from benchmarks import cases, counting, heads, measure, providers, upsampled
 from benchmarks.features import Features
 from benchmarks.problem import Contestant, Problem

@@ -13,7 +13,8 @@ from pool_rule import random_norm
 from torch import Tensor
 
 import annnet_kernels as ak
-from annnet_kernels import native, pyramid
+from annnet_kernels import pyramid
+from annnet_kernels.runtime import native
 
 if native.why_not("cpu") is not None:
     pytest.skip(f"native: {native.why_not('cpu')}", allow_module_level=True)

@@ -191,7 +191,7 @@ def test_any_other_type_is_named_with_the_cure(what, zipped, tmp_path):
     }[what]
     name = {
         "configuration": f"{__name__}.Configuration",
-        "model": "annnet_kernels.blocks.APNB",
+        "model": "annnet_kernels.blocks.modules.APNB",
         "function": "cross_entropy",
     }
     torch.save(content, tmp_path / "block.pth", _use_new_zipfile_serialization=zipped)

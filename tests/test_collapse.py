@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import annnet_kernels as ak
-from annnet_kernels import native
 from annnet_kernels.ops.matrix_products import matrix_products
 from annnet_kernels.ops.token_values import cheapest_order, program_of
+from annnet_kernels.runtime import native
 
 
 @pytest.mark.parametrize("sizes", [(110, 64, 16, 32, 32), (880, 64, 16, 32, 32), (3, 5), (2, 9, 4)], ids=str)

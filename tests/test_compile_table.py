@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from annnet_kernels.backends import interpreting
+from annnet_kernels.runtime.backends import interpreting
 
 if interpreting():
     pytest.skip("the interpreter replaces what Triton would compile", allow_module_level=True)

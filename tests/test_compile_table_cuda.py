@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from annnet_kernels.backends import interpreting
+from annnet_kernels.runtime.backends import interpreting
 
 if interpreting():
     pytest.skip("the interpreter replaces what Triton would compile", allow_module_level=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from annnet_kernels import native
+from annnet_kernels.runtime import native
 
 if native.why_not("cpu") is not None:
     pytest.skip(f"native: {native.why_not('cpu')}", allow_module_level=True)

@@ -14,7 +14,7 @@ from torch import nn
 
 import annnet_kernels as ak
 from annnet_kernels.decode_heads import algebra
-from annnet_kernels.decode_heads.replacing import DIALECTS, ReplacedHead
+from annnet_kernels.interop.replace_heads import DIALECTS, ReplacedHead
 
 pytestmark = pytest.mark.usefixtures("one_thread", "frozen_imports")
 EXACT = 1e-11

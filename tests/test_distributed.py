@@ -8,8 +8,8 @@ from gloo_pool import Pool
 from torch import nn
 
 import annnet_kernels as ak
-from annnet_kernels import backends
 from annnet_kernels.reference import PlainAFNB, PlainAPNB
+from annnet_kernels.runtime import backends
 
 MAPS = {"AFNB": [(4, 5, 8, 7), (4, 6, 6, 5)], "APNB": [(4, 6, 6, 5)]}
 CLASSES = {"AFNB": (ak.AFNB, PlainAFNB, (5, 6, 7)), "APNB": (ak.APNB, PlainAPNB, (6, 7))}

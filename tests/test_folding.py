@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import annnet_kernels as ak
-from annnet_kernels import folding
+from annnet_kernels.blocks import folding
 from annnet_kernels.reference import PlainAFNB
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from benchmark_cases import sample_record
 
-from annnet_kernels.backends import interpreting
+from annnet_kernels.runtime.backends import interpreting
 
 if interpreting():
     pytest.skip("the stand-in driver needs compiled kernels", allow_module_level=True)

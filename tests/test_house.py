@@ -14,16 +14,15 @@ PYTHON = [path for folder in ("annnet_kernels", "benchmarks", "tools") for path 
 NATIVE = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu")]
 
 FLOORS = (
-    {"autocast", "layouts", "native", "pyramid", "tracers", "upsampling"},
-    {"backends", "checks", "onnx"},
+    {"layouts", "pyramid", "runtime", "upsampling"},
+    {"checks", "onnx"},
     {"reference"},
     {"kernels", "ops"},
     {"functional", "upsampled", "warmup"},
-    {"collapse", "normalization", "structures", "requirements"},
-    {"forward"},
-    {"folding", "row_shards"},
-    {"blocks", "checkpoint_files", "checkpoint_names", "checkpoints", "comparison", "decode_heads", "dialects"},
-    {"heads", "info", "model", "onnx_translation", "parallel", "recognition", "replace"},
+    {"blocks"},
+    {"decode_heads"},
+    {"interop"},
+    {"info", "model", "parallel"},
     {"integrations"},
 )
 """Rooms of the package, from the ground up: a room imports from its own floor and from those below."""

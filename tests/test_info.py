@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import annnet_kernels as ak
-from annnet_kernels import backends, info, native
+from annnet_kernels import info
+from annnet_kernels.runtime import backends, native
 
 CPU = torch.device("cpu")
 

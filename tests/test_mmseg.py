@@ -14,7 +14,8 @@ from mmseg.structures import SegDataSample
 from replacement_rule import assert_round_trip, randomise_output
 
 import annnet_kernels as ak
-from annnet_kernels import folding, replace
+from annnet_kernels.blocks import folding
+from annnet_kernels.interop import replace
 
 FUSED = "annnet_kernels.integrations.mmseg.FusedANNHead"
 BLOCKS = ["fusion", "context"]

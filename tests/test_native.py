@@ -14,11 +14,11 @@ import pytest
 from fresh import CHECKOUT
 
 import annnet_kernels
-from annnet_kernels import native
+from annnet_kernels.runtime import native
 
 PACKAGE = Path(annnet_kernels.__file__).parent
 USE = (
-    "import torch, annnet_kernels as ak; from annnet_kernels import native;"
+    "import torch, annnet_kernels as ak; from annnet_kernels.runtime import native;"
     "ak.pyramid_pool(torch.randn(1, 2, 9, 9)); print(ak.last_backend('pyramid_pool'), native.cpu_level())"
 )
 

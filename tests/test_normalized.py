@@ -6,8 +6,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import annnet_kernels as ak
-from annnet_kernels import normalization as normalization_module
-from annnet_kernels.normalization import FeatureMap, apply_tail, channel_scale, norm_of
+from annnet_kernels.blocks import normalization as normalization_module
+from annnet_kernels.blocks.normalization import FeatureMap, apply_tail, channel_scale, norm_of
 from annnet_kernels.reference import PlainAFNB, PlainAPNB
 from benchmarks import measure
 from benchmarks.counting import count

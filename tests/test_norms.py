@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 import annnet_kernels as ak
-from annnet_kernels import native
-from annnet_kernels.normalization import (
+from annnet_kernels.blocks.normalization import (
     FeatureMap,
     Shift,
     apply_tail,
@@ -20,6 +19,7 @@ from annnet_kernels.normalization import (
     sums_of,
     uses_batch_statistics,
 )
+from annnet_kernels.runtime import native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

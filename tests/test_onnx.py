@@ -304,7 +304,7 @@ def test_importing_the_package_imports_no_exporter():
 
 
 def test_a_missing_exporter_is_named(monkeypatch):
-    monkeypatch.delitem(sys.modules, "annnet_kernels.onnx_translation", raising=False)
+    monkeypatch.delitem(sys.modules, "annnet_kernels.onnx.translation", raising=False)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ModuleNotFoundError, match="translation_table: needs onnxscript"):
         ak.onnx.translation_table()

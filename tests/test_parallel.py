@@ -22,7 +22,7 @@ from row_shards_rule import (
 )
 
 import annnet_kernels as ak
-from annnet_kernels.row_shards import Band
+from annnet_kernels.parallel.row_shards import Band
 
 CASES = {
     "as published": {},

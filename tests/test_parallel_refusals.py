@@ -20,7 +20,7 @@ from row_shards_rule import (
 from torch import nn
 
 import annnet_kernels as ak
-from annnet_kernels import row_shards
+from annnet_kernels.parallel import row_shards
 from annnet_kernels.reference import PlainAPNB
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from annnet_kernels.backends import interpreting
+from annnet_kernels.runtime.backends import interpreting
 
 if interpreting():
     pytest.skip("plans are kept for compiled kernels", allow_module_level=True)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from annnet_kernels.backends import interpreting
 from annnet_kernels.layouts import empty_map, empty_tokens
 from annnet_kernels.pyramid import POOL_SIZES, num_tokens
+from annnet_kernels.runtime.backends import interpreting
 
 if interpreting():
     pytest.skip("the interpreter replaces what Triton would compile", allow_module_level=True)

@@ -11,8 +11,8 @@ from pool_rule import GRAD_LAYOUTS, assert_pool_accurate, assert_rectified_accur
 from torch.autograd import forward_ad
 
 import annnet_kernels as ak
-from annnet_kernels import native
 from annnet_kernels.layouts import is_channels_last
+from annnet_kernels.runtime import native
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NATIVE = pytest.param(

@@ -10,7 +10,8 @@ from pool_rule import GRAD_LAYOUTS, assert_pool_accurate, levels, random_token_g
 from torch import Tensor
 
 import annnet_kernels as ak
-from annnet_kernels import native, pyramid, reference
+from annnet_kernels import pyramid, reference
+from annnet_kernels.runtime import native
 
 DEVICE = "cuda"
 NO_GPU = None if torch.cuda.is_available() else "needs a CUDA GPU"

@@ -10,7 +10,8 @@ from pool_rule import assert_pool_accurate, assert_rounded
 from torch import Tensor
 
 import annnet_kernels as ak
-from annnet_kernels import native, pyramid, reference
+from annnet_kernels import pyramid, reference
+from annnet_kernels.runtime import native
 
 if native.why_not("cpu") is not None:
     pytest.skip(f"native: {native.why_not('cpu')}", allow_module_level=True)

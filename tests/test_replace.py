@@ -14,8 +14,8 @@ from replacement_rule import assert_round_trip, assert_same_state, train
 from torch import nn
 
 import annnet_kernels as ak
-from annnet_kernels import backends
 from annnet_kernels.reference import PlainAPNB
+from annnet_kernels.runtime import backends
 
 
 def loss_on(maps):

@@ -11,7 +11,7 @@ from replacement_rule import randomise_output
 from torch import nn
 
 import annnet_kernels as ak
-from annnet_kernels import recognition, replace
+from annnet_kernels.interop import recognition, replace
 from annnet_kernels.reference import PlainAFNB, PlainAPNB
 
 

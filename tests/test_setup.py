@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from annnet_kernels import native
+from annnet_kernels.runtime import native
 
 CHECKOUT = Path(__file__).parent.parent
 if not (CHECKOUT / "setup.py").exists():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from annnet_kernels.backends import interpreting
+from annnet_kernels.runtime.backends import interpreting
 
 if interpreting():
     pytest.skip("the stand-in driver needs compiled kernels", allow_module_level=True)

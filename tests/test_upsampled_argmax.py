@@ -9,7 +9,7 @@ from helpers import LAYOUTS, random_map, surrounded
 from upsampled_rule import assert_argmax
 
 import annnet_kernels as ak
-from annnet_kernels import native
+from annnet_kernels.runtime import native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,7 +9,7 @@ from helpers import LAYOUTS, random_map, surrounded
 from upsampled_rule import IGNORED, assert_accurate, plain_cross_entropy, random_labels, with_gradient
 
 import annnet_kernels as ak
-from annnet_kernels import native
+from annnet_kernels.runtime import native
 from annnet_kernels.upsampling import lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autocast import autocast_dtype, no_autocast
-from ..tracers import exporting, jit_tracing
+from ..runtime.autocast import autocast_dtype, no_autocast
+from ..runtime.tracers import exporting, jit_tracing
 
 Size = tuple[int, int]
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..autocast import autocast_dtype
-from ..forward import epilogue
+from ..blocks.forward import epilogue
+from ..blocks.requirements import HOOKS, WEIGHT_CLASSES, traced_by_jit, vectorised, watching_hooks
 from ..functional import pyramid_pool
-from ..requirements import HOOKS, WEIGHT_CLASSES, traced_by_jit, vectorised, watching_hooks
-from ..tracers import exporting, exporting_to_onnx
+from ..runtime.autocast import autocast_dtype
+from ..runtime.tracers import exporting, exporting_to_onnx
 from .algebra import Size, convolve_resized
 
 SizeAt = Callable[[int], Size]

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..forward import epilogue
+from ..blocks.forward import epilogue
 from .algebra import Size, fuse_projected
 from .parts import Dialect, Join, Parts, SizeAt, join_of, size_of
 

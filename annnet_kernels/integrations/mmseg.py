@@ -12,9 +12,9 @@ from mmseg.models.losses.cross_entropy_loss import cross_entropy
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from ..heads import MergingHead
+from ..interop.heads import MergingHead
+from ..interop.replace import replace_blocks
 from ..pyramid import POOL_SIZES
-from ..replace import replace_blocks
 from ..upsampled import upsampled_argmax, upsampled_cross_entropy
 
 _EPS = torch.finfo(torch.float32).eps

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from ..backends import interpreting, triton_version
+from ..runtime.backends import interpreting, triton_version
 from .launch import Launch, on_device_of, run_all
 
 MOST_PLANS = 1024

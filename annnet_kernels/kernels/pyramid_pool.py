@@ -17,7 +17,14 @@ from .plans import do_not_repeat, planned, scratch
 from .pool_kernels import pyramid_pool_combine_kernel, pyramid_pool_fwd_kernel
 from .pool_spread_kernels import pyramid_pool_bwd_kernel
 from .pool_walk import Walk
-from .tiles import PoolTile, least_pool_rows, pool_cut_cost, pool_split_rows, pool_tile, pool_tile_columns
+from .tiles import (
+    PoolTile,
+    least_pool_rows,
+    pool_cut_cost,
+    pool_split_rows,
+    pool_tile,
+    pool_tile_columns,
+)
 
 _COMBINE_CHANNELS, _COMBINE_WARPS = 128, 1
 LEAST_SPREAD_ROWS = 16

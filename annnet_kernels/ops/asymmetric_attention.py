@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import requested_backend
 from ..layouts import empty_map, empty_tokens, is_channels_last
+from ..runtime.backends import requested_backend
 from .functions import apply
 from .registration import register, shared_by_maps, steps
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..autocast import no_autocast
 from ..reference.operators import accumulator_of, matrix_of
+from ..runtime.autocast import no_autocast
 from .registration import is_batch_of_gradients, register, steps
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..tracers import exporting
+from ..runtime.tracers import exporting
 from .functions import is_traced
 from .registration import steps
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from ..autocast import no_autocast
-from ..backends import choose_backend, requested_backend
+from ..runtime.autocast import no_autocast
+from ..runtime.backends import choose_backend, requested_backend
 from .flops import register_flops
 
 NAMESPACE = "annnet"

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import requested_backend
 from ..layouts import empty_map, is_channels_last
 from ..reference import upsampled as reference
+from ..runtime.backends import requested_backend
 from .functions import apply
 from .registration import register, steps
 

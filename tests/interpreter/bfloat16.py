@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from annnet_kernels import backends
+from annnet_kernels.runtime import backends
 
 
 def widened(patterns: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy
 import pytest
 import torch
 
-from annnet_kernels.backends import interpreting
+from annnet_kernels.runtime.backends import interpreting
 
 HERE = Path(__file__).parent
 

@@ -13,9 +13,9 @@ from pool_rule import random_norm
 from torch import Tensor
 
 import annnet_kernels as ak
-from annnet_kernels.backends import interpreting
 from annnet_kernels.kernels import asymmetric_attention as launches
 from annnet_kernels.kernels.launch import INTERPRETER, device_of, product_precision
+from annnet_kernels.runtime.backends import interpreting
 
 DEVICE = "cpu" if interpreting() else "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -9,9 +9,9 @@ from batch_norm_rule import assert_tail_accurate, statistics, tail
 from helpers import LAYOUTS, random_map, relative_error
 
 import annnet_kernels as ak
-from annnet_kernels.backends import interpreting
 from annnet_kernels.kernels import batch_norm as launches
 from annnet_kernels.kernels.launch import INTERPRETER
+from annnet_kernels.runtime.backends import interpreting
 
 DEVICE = "cpu" if interpreting() else "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

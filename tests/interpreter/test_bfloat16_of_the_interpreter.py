@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from annnet_kernels.backends import interpreting
+from annnet_kernels.runtime.backends import interpreting
 
 if not interpreting():
     pytest.skip("is about Triton's interpreter", allow_module_level=True)

@@ -7,7 +7,7 @@ import torch
 from helpers import assert_as_accurate_as_plain
 
 import annnet_kernels as ak
-from annnet_kernels.backends import interpreting
+from annnet_kernels.runtime.backends import interpreting
 
 DEVICE = "cpu" if interpreting() else "cuda"
 SEEDS = 3 if interpreting() else 5

@@ -20,11 +20,11 @@ from pool_rule import (
 from torch import Tensor
 
 import annnet_kernels as ak
-from annnet_kernels.backends import interpreting
 from annnet_kernels.kernels import pyramid_pool as launches
 from annnet_kernels.kernels.launch import INTERPRETER
 from annnet_kernels.layouts import empty_tokens
 from annnet_kernels.pyramid import num_tokens
+from annnet_kernels.runtime.backends import interpreting
 
 DEVICE = "cpu" if interpreting() else "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch import nn
 
 import annnet_kernels as ak
-from annnet_kernels.backends import interpreting
-from annnet_kernels.row_shards import Band
+from annnet_kernels.parallel.row_shards import Band
+from annnet_kernels.runtime.backends import interpreting
 
 DEVICE = "cpu" if interpreting() else "cuda"
 SIZES = (1, 3, 6, 8)

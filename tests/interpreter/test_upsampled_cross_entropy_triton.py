@@ -9,8 +9,8 @@ from helpers import random_map
 from upsampled_rule import IGNORED, assert_accurate, assert_argmax, random_labels, with_gradient
 
 import annnet_kernels as ak
-from annnet_kernels.backends import interpreting
 from annnet_kernels.kernels.upsampled_cross_entropy import gradient_tile
+from annnet_kernels.runtime.backends import interpreting
 
 DEVICE = "cpu" if interpreting() else "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

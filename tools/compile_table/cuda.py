@@ -11,7 +11,7 @@ from typing import Any
 
 import triton
 
-from annnet_kernels import native
+from annnet_kernels.runtime import native
 
 from .machine_code import loops
 

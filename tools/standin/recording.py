@@ -69,7 +69,7 @@ def install(mode: str = "compile") -> Recorder:
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-    from annnet_kernels.backends import interpreting
+    from annnet_kernels.runtime.backends import interpreting
 
     if interpreting():
         raise RuntimeError("the stand-in driver needs compiled kernels; unset TRITON_INTERPRET")

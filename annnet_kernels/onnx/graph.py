@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import tracers
+from ..runtime import tracers
 
 if TYPE_CHECKING:
-    from .collapse import Parts, Projection
+    from ..blocks.collapse import Parts, Projection
 
 
 def exporting() -> bool:
@@ -139,7 +139,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         >>> model = torch.onnx.export(program, custom_translation_table=ak.onnx.translation_table(), verbose=False)
     """
     try:
-        from .onnx_translation import TABLE
+        from .translation import TABLE
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"translation_table: needs onnxscript ({error})", name=error.name) from error
     return dict(TABLE)

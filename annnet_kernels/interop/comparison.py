@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .collapse import Parts
-from .requirements import HOOKS
+from ..blocks.collapse import Parts
+from ..blocks.requirements import HOOKS
 
 _TOLERANCE = 1e-8
 """Relative, in float64: rounding leaves about 1e-13, the smallest other operation many orders more."""

@@ -15,9 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from .. import checks
 from .checkpoint_files import read_state_dict, state_dict_of, unwrapped
-from .checkpoint_names import CONV_NORM_PAIRS, Entry, Layout, block_prefix, key_in_block, key_in_network, locate
+from .checkpoint_names import (
+    CONV_NORM_PAIRS,
+    Entry,
+    Layout,
+    block_prefix,
+    key_in_block,
+    key_in_network,
+    locate,
+)
 
 DIALECTS = ("mmseg", "mendelxu", "paddleseg")
 

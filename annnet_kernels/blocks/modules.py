@@ -13,11 +13,11 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from .. import checks
+from ..pyramid import POOL_SIZES
+from ..reference.blocks import AttentionStage, NormLayer, PlainAFNB, PlainAPNB, PoolSizes, PyramidPooling
 from .collapse import Parts
 from .folding import Foldable, explain
-from .pyramid import POOL_SIZES
-from .reference.blocks import AttentionStage, NormLayer, PlainAFNB, PlainAPNB, PoolSizes, PyramidPooling
 from .requirements import parts_to_collapse
 from .structures import Path, Structure, path_of
 

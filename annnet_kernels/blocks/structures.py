@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..runtime.tracers import exporting
 from .collapse import Parts, Projection
-from .tracers import exporting
 
 Path = tuple[str, ...]
 

@@ -19,7 +19,7 @@ _BUILD_COMMAND = "python setup.py build_ext --inplace, or pip install --no-build
 
 
 def _library_path() -> Path:
-    return Path(__file__).with_name("_C" + str(sysconfig.get_config_var("EXT_SUFFIX")))
+    return Path(__file__).parent.with_name("_C" + str(sysconfig.get_config_var("EXT_SUFFIX")))
 
 
 def _load() -> str | None:

@@ -2,7 +2,7 @@
 
 Each process holds a band of neighbouring rows of every map, in the order of its rank; bands may differ in height, low-
 and high-level maps too. Queries stay where they are. What a block knows of the whole map is small: statistics of its
-batch norms and T pooled tokens, and these are added up over the group (:mod:`annnet_kernels.row_shards`). So output,
+batch norms and T pooled tokens, and these are added up over the group (:mod:`.row_shards`). So output,
 gradients and running statistics are those of the unsplit block, and what is sent does not depend on the map's size.
 
 A training step takes six messages, three forward (statistics of key and query; tokens of the low-level map and of the
@@ -20,17 +20,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checks
-from .autocast import autocast_dtype
-from .collapse import Parts
-from .folding import Foldable
-from .forward import Collapsed, block_forward
-from .normalization import FUSABLE_NORMS, uses_batch_statistics
-from .pyramid import num_tokens
-from .recognition import names_of
-from .requirements import TO_COLLAPSE, why_not
+from .. import checks
+from ..blocks.collapse import Parts
+from ..blocks.folding import Foldable
+from ..blocks.forward import Collapsed, block_forward
+from ..blocks.normalization import FUSABLE_NORMS, uses_batch_statistics
+from ..blocks.requirements import TO_COLLAPSE, why_not
+from ..blocks.structures import OddStructure
+from ..interop.recognition import names_of
+from ..pyramid import num_tokens
+from ..runtime.autocast import autocast_dtype
 from .row_shards import Band, Rows
-from .structures import OddStructure
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

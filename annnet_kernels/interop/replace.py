@@ -14,16 +14,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import checks
-from .collapse import Parts
+from .. import checks
+from ..blocks.collapse import Parts
+from ..blocks.folding import Foldable, explain
+from ..blocks.requirements import LASTING, parts_to_collapse, why_not
+from ..blocks.structures import OddStructure, Structure
 from .comparison import block_shapes, difference
-from .decode_heads.replacing import Refusal, ReplacedHead, dialect_of, replace_head, restore_head
 from .dialects import BlockNames
-from .folding import Foldable, explain
 from .heads import MergingHead, is_published_head
 from .recognition import is_published, names_of
-from .requirements import LASTING, parts_to_collapse, why_not
-from .structures import OddStructure, Structure
+from .replace_heads import Refusal, ReplacedHead, dialect_of, replace_head, restore_head
 
 
 @dataclass

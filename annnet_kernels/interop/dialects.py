@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .structures import LENGTH, Places, Structure, module_at, path_of, structure_of
+from ..blocks.structures import LENGTH, Places, Structure, module_at, path_of, structure_of
 
 CONTEXT_SLOTS = ("key.conv", "key.norm", "query.conv", "query.norm", "value", "out")
 """The parts with tensors of every block."""

@@ -24,15 +24,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checks, onnx
-from .autocast import no_autocast
+from .. import checks, onnx
+from ..ops.matrix_products import Program, matrix_products
+from ..runtime.autocast import no_autocast
+from ..runtime.tracers import jit_tracing
 from .collapse import Parts, biases_of, constant_of, token_matrix, weights_of
 from .forward import WHOLE, Cut, Whole, block_forward, collapsed_forward
 from .normalization import FUSABLE_NORMS, Norm, Shift, uses_batch_statistics
-from .ops.matrix_products import Program, matrix_products
-from .requirements import HOOKS, LASTING, ONCE_GATHERED, TO_COLLAPSE, parts_to_collapse, why_not, why_plain
+from .requirements import (
+    HOOKS,
+    LASTING,
+    ONCE_GATHERED,
+    TO_COLLAPSE,
+    parts_to_collapse,
+    why_not,
+    why_plain,
+)
 from .structures import OddStructure
-from .tracers import jit_tracing
 
 
 class FoldedBlock(NamedTuple):
@@ -141,7 +149,7 @@ class Foldable(nn.Module):
 
     def has_own_forward(self) -> bool:
         """Whether a subclass, or somebody on this very block, put another forward in the place of this package's."""
-        return "forward" in vars(self) or not type(self).forward.__module__.startswith(f"{__package__}.")
+        return "forward" in vars(self) or not type(self).forward.__module__.startswith(f"{__package__.split('.')[0]}.")
 
     def train(self, mode: bool = True) -> Foldable:
         if mode:

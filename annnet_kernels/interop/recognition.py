@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .collapse import Parts
+from ..blocks.collapse import Parts
+from ..blocks.normalization import FUSABLE_NORMS
+from ..reference.blocks import PlainAFNB, PlainAPNB
 from .dialects import BLOCKS, BlockNames
-from .normalization import FUSABLE_NORMS
-from .reference.blocks import PlainAFNB, PlainAPNB
 
 PUBLISHED_CODE = {
     "mendelxu": {

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .backends import requested_backend
-from .functional import asymmetric_attention, pyramid_pool
-from .ops import NormalizedAttention, NormalizedPool, NormalizedTail
-from .ops.functions import apply
-from .ops.normalized import Levels, Share
-from .ops.registration import steps
-from .tracers import exporting
+from ..functional import asymmetric_attention, pyramid_pool
+from ..ops import NormalizedAttention, NormalizedPool, NormalizedTail
+from ..ops.functions import apply
+from ..ops.normalized import Levels, Share
+from ..ops.registration import steps
+from ..runtime.backends import requested_backend
+from ..runtime.tracers import exporting
 
 FUSABLE_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checks import shown
 from .checkpoint_names import find_blocks
-from .checks import shown
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """What DataParallel, ``torch.compile``, FSDP and activation checkpointing put ahead of a key, or into it where they

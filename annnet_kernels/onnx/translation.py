@@ -1,4 +1,4 @@
-"""The operators of a program that ``torch.export`` made, in ONNX: the same forms as in ``onnx.py``, for its exporter.
+"""The operators of a program that ``torch.export`` made, in ONNX: the same forms as in ``graph.py``, for its exporter.
 
 The functions have the operators' signatures and build the graph while they run. Imported on demand: needs onnxscript.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from onnxscript import ir, opset18
 
-from .onnx import bins, token_positions
+from .graph import bins, token_positions
 
 Value = Any
 op: Any = opset18

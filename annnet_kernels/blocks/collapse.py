@@ -22,10 +22,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .autocast import no_autocast
-from .ops.functions import apply
-from .ops.matrix_products import WIDE, matrix_products
-from .ops.token_values import TokenValues, cheapest_order, program_of
+from ..ops.functions import apply
+from ..ops.matrix_products import WIDE, matrix_products
+from ..ops.token_values import TokenValues, cheapest_order, program_of
+from ..runtime.autocast import no_autocast
 
 
 class Projection(NamedTuple):

@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrize
 
-from . import onnx
+from .. import onnx
+from ..runtime.tracers import exporting, jit_tracing, symbolic, vmapped
 from .collapse import Parts
 from .structures import OddStructure
-from .tracers import exporting, jit_tracing, symbolic, vmapped
 
 Rule = Callable[[Parts], "str | None"]
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..comparison import copy_without_hooks, difference
-from . import pspnet, segformer, upernet
-from .algebra import Size
-from .parts import Dialect, is_callable_with, types_of, why_plain, why_plain_now
+from ..decode_heads import pspnet, segformer, upernet
+from ..decode_heads.algebra import Size
+from ..decode_heads.parts import Dialect, is_callable_with, types_of, why_plain, why_plain_now
+from .comparison import copy_without_hooks, difference
 
 DIALECTS: tuple[Dialect, ...] = (*segformer.DIALECTS, *upernet.DIALECTS, *pspnet.DIALECTS)
 """UPerNet's come ahead of PSPNet's, whose modules are among theirs."""

@@ -23,11 +23,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .backends import requested_backend
-from .collapse import Parts, Projection
-from .forward import Linear, Read, project, shift_of
-from .layouts import is_channels_last
-from .normalization import (
+from ..blocks.collapse import Parts, Projection
+from ..blocks.forward import Linear, Read, project, shift_of
+from ..blocks.normalization import (
     NO_SHIFT,
     FeatureMap,
     Shift,
@@ -39,10 +37,20 @@ from .normalization import (
     sums_of,
     uses_batch_statistics,
 )
-from .ops.functions import apply
-from .ops.normalized import Gradients, Levels, NormalizedAttention, Parameters, Share, present, skip_gradients
-from .ops.registration import steps
-from .pyramid import bin_edges, num_tokens
+from ..layouts import is_channels_last
+from ..ops.functions import apply
+from ..ops.normalized import (
+    Gradients,
+    Levels,
+    NormalizedAttention,
+    Parameters,
+    Share,
+    present,
+    skip_gradients,
+)
+from ..ops.registration import steps
+from ..pyramid import bin_edges, num_tokens
+from ..runtime.backends import requested_backend
 
 
 class Band(NamedTuple):
@@ -231,7 +239,7 @@ class RectifiedAttention(NormalizedAttention):
 
 
 class Rows(NamedTuple):
-    """A process holds a band of rows of every map: a ``Cut`` for :func:`annnet_kernels.forward.block_forward`."""
+    """A process holds a band of rows of every map: a ``Cut`` for ``block_forward``."""
 
     band: Band
     group: Any

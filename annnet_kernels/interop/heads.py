@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .folding import merged_convolution
+from ..blocks.folding import merged_convolution
 from .recognition import PUBLISHED_HEADS, fingerprint, is_published_code
 
 

@@ -16,9 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import onnx
-from .autocast import autocast_dtype
-from .backends import requested_backend, use_backend
+from .. import onnx
+from ..ops import Projections
+from ..ops.functions import apply
+from ..ops.normalized import Levels
+from ..runtime.autocast import autocast_dtype
+from ..runtime.backends import requested_backend, use_backend
 from .collapse import Parts, Projection, Weights, biases_of, constant_of, token_values, weights_of
 from .normalization import (
     FUSABLE_NORMS,
@@ -34,9 +37,6 @@ from .normalization import (
     pool_map,
     uses_batch_statistics,
 )
-from .ops import Projections
-from .ops.functions import apply
-from .ops.normalized import Levels
 
 
 class Read(NamedTuple):
