@@ -22,7 +22,7 @@ import torch
 from tools import standin
 recorder = standin.install("record")
 import annnet_kernels as ak
-from annnet_kernels.kernels import plans
+from annnet_kernels.ops import calls
 torch.set_num_threads(1)
 ops = torch.ops.annnet
 sizes = [1, 3, 6, 8], [1, 3, 6, 8]
@@ -83,14 +83,14 @@ def draw():
 hits = 0
 for _ in range(1000):
     call = draw()
-    kept = dict(plans._plans)
-    plans._plans.clear()
+    kept = dict(calls._kept)
+    calls._kept.clear()
     expected = launches(call)
-    plans._plans.clear()
-    plans._plans.update(kept)
-    before = len(plans._plans)
+    calls._kept.clear()
+    calls._kept.update(kept)
+    before = len(calls._kept)
     assert launches(call) == expected
-    hits += len(plans._plans) == before
+    hits += len(calls._kept) == before
 assert hits > 150, hits
 """)
 
@@ -115,14 +115,14 @@ for query, skip in ((x[0], x[1]), (x[1], x[2]), (x[2], x[2]), (x[0], x[0]), (x[1
 
 def test_plans_are_bounded_and_threads_share_them():
     run("""
-plans.MOST_PLANS = 20
+calls.MOST_CALLS = 20
 def work():
     for n in range(1, 200):
         ops.matrix_products([torch.empty(n % 50 + 1, 4), torch.empty(4, 3)], [0], [1], [-1])
 threads = [threading.Thread(target=work) for _ in range(4)]
 [t.start() for t in threads]
 [t.join() for t in threads]
-assert len(plans._plans) <= 20 + 4, len(plans._plans)
+assert len(calls._kept) <= 20 + 4, len(calls._kept)
 """)
 
 
@@ -131,5 +131,5 @@ def test_a_call_that_copies_an_argument_is_planned_each_time():
 y, norm = torch.empty(1, 4, 6, 6), torch.empty(8, 4)[::2]
 for _ in range(3):
     ops.batch_norm_apply(y, norm, None, True)
-assert not plans._plans
+assert not calls._kept
 """)

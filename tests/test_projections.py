@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import annnet_kernels as ak
-from annnet_kernels.ops import Projections, projections
+from annnet_kernels.ops import Projections, registration
 from annnet_kernels.ops.normalized import Levels
 
 LEVELS = Levels([1, 3], [2, 3])
@@ -41,7 +40,7 @@ def draw(layout):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_gradients(layout, as_matrices, monkeypatch):
     """With whichever outputs have a gradient, and whichever operands want one."""
-    monkeypatch.setattr(projections, "launches", lambda _: as_matrices)
+    monkeypatch.setattr(registration, "launches", lambda _: as_matrices)
     operands = draw(layout)
     outputs, expected = Projections.apply(*operands, LEVELS, None), plain(*operands)
     upstream = [torch.randn_like(out) for out in outputs]
@@ -71,7 +70,7 @@ def test_gradients(layout, as_matrices, monkeypatch):
 @pytest.mark.parametrize("as_matrices", [False, True])
 def test_one_map_for_both(as_matrices, monkeypatch):
     """All three contributions to its gradient are added."""
-    monkeypatch.setattr(projections, "launches", lambda _: as_matrices)
+    monkeypatch.setattr(registration, "launches", lambda _: as_matrices)
     _, high, _, _, weight, bias, skip_weight = draw(torch.channels_last)
     ours = Projections.apply(None, high, None, None, weight, bias, skip_weight, LEVELS, None)
     tokens = [F.adaptive_avg_pool2d(high, size).flatten(2) for size in zip(*LEVELS, strict=True)]
@@ -88,8 +87,7 @@ def test_one_map_for_both(as_matrices, monkeypatch):
 @pytest.mark.parametrize("kind", ["AFNB", "APNB"])
 def test_a_batch_of_gradients_where_work_is_launched(kind, monkeypatch):
     """As on a GPU, where products of weights are an operator of this package and sums are made in place."""
-    for module in (projections, importlib.import_module("annnet_kernels.ops.matrix_products")):
-        monkeypatch.setattr(module, "launches", lambda _: True)
+    monkeypatch.setattr(registration, "launches", lambda _: True)
     block = (ak.AFNB(6, 8, 8, 4, 4) if kind == "AFNB" else ak.APNB(8, 8, 4, 4)).double()
     torch.nn.init.normal_(block.stages[0].W.weight)
     channels = (6, 8) if kind == "AFNB" else (8,)

@@ -88,9 +88,10 @@ def token_values(weights: Weights, pooled: Tensor) -> Tensor:
 
 def token_matrix(weights: Weights) -> Tensor:
     """(C_l, C_out): what maps a pooled row to its token; float32 at least."""
-    matrices = [weight.view(weight.shape[:2]).t() for weight in weights[:3] if weight is not None]
-    order = cheapest_order((matrices[0].shape[0], *(matrix.shape[1] for matrix in matrices)))
-    return matrix_products(matrices, program_of(order, len(matrices), like=WIDE))[-1]
+    first, *others = (weight for weight in weights[:3] if weight is not None)
+    factors = [first.view(first.shape[:2]).t(), *others]
+    order = cheapest_order((first.shape[1], first.shape[0], *(weight.shape[0] for weight in others)))
+    return matrix_products(factors, program_of(order, len(factors), like=WIDE))[-1]
 
 
 class Biases(NamedTuple):

@@ -54,10 +54,8 @@ class FoldedBlock(NamedTuple):
 
     def values(self, tokens: Tensor) -> Tensor:
         """The pooled features times M."""
-        batch, _, count = tokens.shape
-        operands = tokens.transpose(1, 2).reshape(batch * count, -1), self.token_matrix
-        (rows,) = matrix_products(operands, Program([0], [1], like=[0]))
-        return rows.view(batch, count, rows.shape[1]).transpose(1, 2)
+        (values,) = matrix_products((tokens, self.token_matrix), Program([0], [1], like=[0]))
+        return values
 
     def finish(self, out: Tensor, cut: Cut, scale: Tensor | None) -> Tensor:
         """The norm is in the weights."""

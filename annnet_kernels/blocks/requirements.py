@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, Protocol
 
@@ -48,16 +48,15 @@ def why_not(parts: Parts, rules: Sequence[Rule]) -> str | None:
 def changed_modules(parts: Parts) -> str | None:
     """A module whose forward would be skipped has another class, a forward of its own, or hooks."""
     for kind, module in _skipped(parts):
-        actual = type(module)
-        if parametrize.is_parametrized(module):
-            actual = actual.__bases__[0]
+        actual = _class_of(module)
         if kind is not None and actual is not kind:
             name = actual.__name__ if actual.__name__ != kind.__name__ else f"{actual.__module__}.{actual.__name__}"
             return f"{name} in the place of {kind.__name__}"
-        if "forward" in module.__dict__:
+        attributes = module.__dict__
+        if "forward" in attributes:
             return f"{actual.__name__} with a forward of its own"
         for hooks in HOOKS:
-            if getattr(module, hooks):
+            if attributes[hooks]:
                 return f"{actual.__name__} carries {hooks.strip('_').replace('_', ' ')}"
     return None
 
@@ -277,28 +276,27 @@ def _trains(parts: Parts) -> bool:
     return any(module.training for _, module in _skipped(parts))
 
 
-def _skipped(parts: Parts) -> Iterator[tuple[type | None, nn.Module]]:
+def _skipped(parts: Parts) -> list[tuple[type | None, nn.Module]]:
     """The modules that the collapse may not call, with the class each must be (None: any)."""
-    for conv in _convolutions(parts):
-        yield nn.Conv2d, conv
-    for pool in parts.pools:
-        yield nn.AdaptiveAvgPool2d, pool
-    for projection in (parts.key, parts.query):
-        yield None, projection.norm
-        yield None, projection.activation
-    for module in parts.containers:
-        yield None, module
-    for module in parts.tail:
-        yield None, module
+    (_, *key), (_, *query) = parts.key, parts.query
+    return [
+        *((nn.Conv2d, conv) for conv in _convolutions(parts)),
+        *((nn.AdaptiveAvgPool2d, pool) for pool in parts.pools),
+        *((None, module) for module in (*key, *query, *parts.containers, *parts.tail)),
+    ]
 
 
-def _convolutions(parts: Parts) -> Iterator[nn.Conv2d]:
-    for conv in (parts.key.conv, parts.query.conv, parts.value, parts.out, parts.join):
-        if conv is not None:
-            yield conv
+def _convolutions(parts: Parts) -> list[nn.Conv2d]:
+    convolutions = parts.key.conv, parts.query.conv, parts.value, parts.out, parts.join
+    return [conv for conv in convolutions if conv is not None]
+
+
+def _class_of(module: nn.Module) -> type:
+    """The class of a module, without the one that a parametrization puts in front of it."""
+    parametrized = "parametrizations" in module._modules and parametrize.is_parametrized(module)
+    return type(module).__bases__[0] if parametrized else type(module)
 
 
 def _name_of(module: nn.Module) -> str:
     """The class of a module, by its own name where it is parametrized."""
-    actual = type(module)
-    return (actual.__bases__[0] if parametrize.is_parametrized(module) else actual).__name__
+    return _class_of(module).__name__

@@ -18,7 +18,7 @@ from .attention_kernels import (
     asymmetric_attention_fwd_kernel,
     asymmetric_attention_sum_splits_kernel,
 )
-from .batch_norm import batch_norm_moments
+from .batch_norm import plan_moments
 from .launch import Device, Launch, device_of, product_precision
 from .operands import Map, chunk_argument, map_argument, pixel_multiple, tokens_argument
 from .plans import planned, scratch
@@ -39,21 +39,6 @@ class Operands(NamedTuple):
 
 
 @planned
-def _forward(
-    query: Tensor,
-    norm: Tensor | None,
-    key: Tensor,
-    value: Tensor,
-    skip: Tensor | None,
-    constant: Tensor | None,
-    constants: tuple[float, str],
-    out: Tensor,
-    logsumexp: Tensor,
-) -> list[Launch]:
-    operands = Operands(query, norm, key, value, *constants)
-    return plan_forward(operands, skip, constant, out, logsumexp, device_of(query))
-
-
 def asymmetric_attention(
     query: Tensor,
     norm: Tensor | None,
@@ -66,30 +51,14 @@ def asymmetric_attention(
     out: Tensor,
     logsumexp: Tensor,
     moments: Tensor,
-) -> None:
-    constants = scale, product_precision(query.dtype)
-    _forward(query, norm, key, value, skip, constant, constants, out, logsumexp)
-    if statistics:
-        batch_norm_moments(out, moments)
+) -> list[Launch]:
+    device = device_of(query)
+    operands = Operands(query, norm, key, value, scale, product_precision(query.dtype))
+    launches = plan_forward(operands, skip, constant, out, logsumexp, device)
+    return [*launches, *plan_moments(out, moments, device)] if statistics else launches
 
 
 @planned
-def _backward(
-    grad_out: Tensor,
-    query: Tensor,
-    norm: Tensor | None,
-    key: Tensor,
-    value: Tensor,
-    logsumexp: Tensor,
-    constants: tuple[float, str],
-    dquery: Tensor | None,
-    dkey: Tensor | None,
-    dvalue: Tensor | None,
-) -> list[Launch]:
-    operands = Operands(query, norm, key, value, *constants)
-    return plan_backward(grad_out, operands, logsumexp, (dquery, dkey, dvalue), device_of(query))
-
-
 def asymmetric_attention_bwd(
     grad_out: Tensor,
     query: Tensor,
@@ -100,9 +69,10 @@ def asymmetric_attention_bwd(
     scale: float,
     needs: Sequence[bool],
     *gradients: Tensor,
-) -> None:
-    wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-    _backward(grad_out, query, norm, key, value, logsumexp, (scale, product_precision(query.dtype)), *wanted)
+) -> list[Launch]:
+    wanted = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
+    operands = Operands(query, norm, key, value, scale, product_precision(query.dtype))
+    return plan_backward(grad_out, operands, logsumexp, wanted, device_of(query))
 
 
 def plan_forward(

@@ -17,7 +17,7 @@ from .batch_norm_kernels import (
     batch_norm_update_kernel,
 )
 from .bn_relu_pool_kernels import bn_relu_sum_parts_kernel
-from .launch import Device, Launch, device_of
+from .launch import CopyBack, Device, Launch, device_of
 from .operands import chunk_argument, map_argument, pixel_multiple
 from .plans import do_not_repeat, planned, scratch
 from .pyramid_pool import layout_examples
@@ -46,6 +46,7 @@ def batch_norm_table(
     return plan_table((mean, var, weight, bias, conv_bias), eps, table)
 
 
+@planned
 def batch_norm_update(
     y: Tensor,
     moments: Tensor | None,
@@ -59,30 +60,14 @@ def batch_norm_update(
     momentum: float | None,
     calls: int,
     table: Tensor,
-) -> None:
-    dense_mean, dense_var = _contiguous(running_mean), _contiguous(running_var)
-    _update(y, moments, weight, bias, conv_bias, dense_mean, dense_var, count, (eps, momentum, calls), table)
-    for running, dense in ((running_mean, dense_mean), (running_var, dense_var)):
-        if running is not None and dense is not None and dense is not running:
-            running.copy_(dense)
-
-
-@planned
-def _update(
-    y: Tensor,
-    moments: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    conv_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    count: Tensor | None,
-    constants: tuple[float, float | None, int],
-    table: Tensor,
-) -> list[Launch]:
+) -> list[Launch | CopyBack]:
+    mean, var = map(_contiguous, (running_mean, running_var))
     weight, bias, conv_bias = map(_contiguous, (weight, bias, conv_bias))
-    update = Update(table, weight, bias, conv_bias, running_mean, running_var, count)
-    return plan_update(y, moments, update, *constants, device_of(y))
+    update = Update(table, weight, bias, conv_bias, mean, var, count)
+    launches = plan_update(y, moments, update, eps, momentum, calls, device_of(y))
+    pairs = (mean, running_mean), (var, running_var)
+    copies = [CopyBack(dense, x) for dense, x in pairs if dense is not None and x is not None and dense is not x]
+    return [*launches, *copies]
 
 
 @planned

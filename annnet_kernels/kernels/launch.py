@@ -8,6 +8,7 @@ tensors in every dtype, layout and width that gets code of its own. So the compi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -72,16 +73,31 @@ def _cuda_device(index: int) -> Device:
     return Device((properties.major, properties.minor), properties.multi_processor_count)
 
 
-def run_all(launches: list[Launch], x: torch.Tensor) -> list[Any]:
+@dataclass(frozen=True)
+class CopyBack:
+    """What follows the launches of a call that wrote a dense copy: the copy goes back to where it came from."""
+
+    dense: torch.Tensor
+    target: torch.Tensor
+
+    def run(self) -> None:
+        """Copy it."""
+        self.target.copy_(self.dense)
+
+
+def run_all(launches: Sequence[Launch | CopyBack], x: torch.Tensor) -> list[Any]:
     """Run ``launches`` in order on the device of ``x``; their compiled kernels."""
     with on_device_of(x):
         return [launch.run() for launch in launches]
 
 
+_NO_CHANGE = nullcontext()
+
+
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:
     """Makes the device of ``x`` the current one, which takes a few µs where it is not."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NO_CHANGE
     return torch.cuda.device(x.device)
 
 

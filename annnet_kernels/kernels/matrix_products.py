@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -32,19 +32,11 @@ class Matrix(NamedTuple):
     column_stride: Any
 
 
-def matrix_products(
-    matrices: Sequence[Tensor],
-    left: Sequence[int],
-    right: Sequence[int],
-    like: Sequence[int],
-    *products: Tensor,
-) -> None:
-    _products(*matrices, *products, tuple(left), tuple(right))
-
-
 @planned
-def _products(*arguments: Any) -> list[Launch]:
-    *known, left, right = arguments
+def matrix_products(*arguments: Any) -> list[Launch]:
+    """The matrices, left, right and like of a program, and its products."""
+    known = [x for x in arguments if isinstance(x, Tensor)]
+    left, right, _ = (x for x in arguments if not isinstance(x, Tensor))
     device = device_of(known[0])
     targets = known[len(known) - len(left) :]
     factors = ((matrix_of(known, i), matrix_of(known, j)) for i, j in zip(left, right, strict=True))
@@ -53,7 +45,7 @@ def _products(*arguments: Any) -> list[Launch]:
 
 def plan(a: Tensor, b: Tensor, out: Tensor, device: Device) -> list[Launch]:
     """out = a b."""
-    rows, columns = out.shape
+    rows, columns = a.shape[0], b.shape[1]
     aligned = all(map(_is_aligned, (a, b)))
     depth, warps, stages = _HOPPER if device.capability[0] == 9 else _OTHERS
     programs = -(-rows // _ROWS) * -(-columns // _COLUMNS)

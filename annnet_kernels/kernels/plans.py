@@ -1,16 +1,14 @@
-"""Plans: what a call launches, kept for the next call that looks the same.
+"""Plans: what a call launches, with places for the tensors of another call of the same kind.
 
-Choosing tiles, building arguments and letting Triton find the compiled kernel for them takes longer than most kernels
-of a block run. All of it depends only on shapes, strides, dtypes and alignment of a call's tensors, on its other
-arguments and on the device. So the first call of a kind is planned, and a later one looks the plan up and puts its own
-tensors into it.
+``ops/calls.py`` decides which calls are of one kind; here a function that plans the launches of an operator becomes one
+that runs them, and that can be asked for the plan.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -21,16 +19,9 @@ from triton.runtime import driver
 from ..runtime.backends import interpreting, triton_version
 from .launch import Launch, on_device_of, run_all
 
-MOST_PLANS = 1024
-"""Plans are kept for so many kinds of calls; the oldest goes first."""
-
 _INTERPRETING = interpreting()
 _KNOWN_LAUNCHER = (3, 6) <= triton_version() < (3, 9)
 """Whether the launcher of a compiled kernel is one whose arguments are known; others are launched as users do it."""
-
-_plans: dict[Any, Any] = {}
-_SHARING = object()
-"""In the place of a plan: what it is depends on which arguments are one tensor."""
 
 
 class _Planning(threading.local):
@@ -56,80 +47,38 @@ def do_not_repeat() -> None:
     _planning.repeatable = False
 
 
-def planned(plan: Callable[..., list[Launch]]) -> Callable[..., None]:
+class planned:
     """Turn a function that plans the launches of an operator into one that runs them.
 
-    Its arguments are the operator's: tensors, None, and what can be hashed, or lists of that. The first one is a tensor
-    on the device that runs the launches.
+    Its arguments are the operator's operands, lists of tensors flattened, and then its outputs. The first one is a
+    tensor on the device that runs the launches.
     """
 
-    @wraps(plan)
-    def run(*arguments: Any) -> None:
-        first: Tensor = arguments[0]
+    def __init__(self, plan: Callable[..., list[Any]]) -> None:
+        self._plan = plan
+        update_wrapper(self, plan)
+
+    def __call__(self, *arguments: Any) -> None:
+        run_all(self._plan(*arguments), arguments[0])
+
+    def run_and_plan(self, *arguments: Any) -> Plan | None:
+        """Run it; the plan, or None if it holds for this call only."""
         if _INTERPRETING:
-            run_all(plan(*arguments), first)
-            return
-        key: Any = (plan, first.device, *map(_kind_of, arguments))
-        known = _plans.get(key)
-        if known is _SHARING:
-            key = key, _shared(arguments)
-            known = _plans.get(key)
-        if known is not None:
-            known.run(arguments)
-            return
-        made = _plan_and_run(plan, arguments)
-        if made is None:
-            return
-        shared = _shared(arguments)
-        if shared is not None and not isinstance(key[-1], _Shared):
-            _keep(key, _SHARING)
-            key = key, shared
-        _keep(key, made)
-
-    return run
-
-
-def _keep(key: Any, plan: Any) -> None:
-    while len(_plans) >= MOST_PLANS:
-        _plans.pop(next(iter(_plans)), None)
-    _plans[key] = plan
-
-
-def _kind_of(argument: Any) -> Any:
-    """All of an argument that a plan depends on."""
-    if isinstance(argument, Tensor):
-        return argument.shape, argument.stride(), argument.dtype, argument.data_ptr() % 16
-    return tuple(argument) if isinstance(argument, list) else argument
-
-
-class _Shared(tuple[int, ...]):
-    """For each tensor, which is the first that is the same."""
-
-
-def _shared(arguments: Sequence[Any]) -> _Shared | None:
-    """Which arguments are one tensor, as an output written in place is its operand; None where all differ.
-
-    A plan made where all differ serves every call: each place is filled from its own argument.
-    """
-    identities = [id(x) for x in arguments if isinstance(x, Tensor)]
-    return None if len(set(identities)) == len(identities) else _Shared(map(identities.index, identities))
-
-
-def _plan_and_run(plan: Callable[..., list[Launch]], arguments: Sequence[Any]) -> Plan | None:
-    """The plan of a call that ran, or None if it holds for this call only."""
-    _planning.scratch, _planning.repeatable = [], True
-    try:
-        launches = plan(*arguments)
-        memory, repeatable = _planning.scratch, _planning.repeatable
-    finally:
-        _planning.scratch = None
-    compiled = run_all(launches, arguments[0])
-    if not repeatable or not all(hasattr(kernel, "__getitem__") for kernel in compiled):
-        return None  # the latter in a Triton whose compiled kernels are launched some other way
-    try:
-        return Plan(launches, compiled, arguments, memory)
-    except _Unknown:
-        return None
+            self(*arguments)
+            return None
+        _planning.scratch, _planning.repeatable = [], True
+        try:
+            launches = self._plan(*arguments)
+            memory, repeatable = _planning.scratch, _planning.repeatable
+        finally:
+            _planning.scratch = None
+        compiled = run_all(launches, arguments[0])
+        if not repeatable or not all(hasattr(kernel, "__getitem__") for kernel in compiled):
+            return None  # the latter in a Triton whose compiled kernels are launched some other way
+        try:
+            return Plan(launches, compiled, arguments, memory)
+        except _Unknown:
+            return None
 
 
 class _Unknown(Exception):
@@ -140,7 +89,7 @@ class Plan:
     """The launches of one kind of call, with places for the tensors of a call."""
 
     def __init__(
-        self, launches: Sequence[Launch], compiled: Sequence[Any], arguments: Sequence[Any], memory: Sequence[Tensor]
+        self, launches: Sequence[Any], compiled: Sequence[Any], arguments: Sequence[Any], memory: Sequence[Tensor]
     ) -> None:
         tensors = [(place, x) for place, x in enumerate([*arguments, *memory]) if isinstance(x, Tensor)]
         places = {id(x): place for place, x in tensors}
@@ -165,7 +114,8 @@ class Plan:
         first: Tensor = arguments[0]
         tensors = [*arguments, *(first.new_empty(shape, dtype=dtype) for shape, dtype in self._memory)]
         with on_device_of(first):
-            stream = driver.active.get_current_stream(driver.active.get_current_device())
+            active = driver.active
+            stream = active.get_current_stream(active.get_current_device())
             for launch in self._launches:
                 launch.run(tensors, stream)
 

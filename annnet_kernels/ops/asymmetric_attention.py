@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..kernels.launch import product_precision
 from ..layouts import empty_map, empty_tokens, is_channels_last
 from ..runtime.backends import requested_backend
 from .functions import apply
@@ -158,6 +159,7 @@ _route = register(
     triton_module="asymmetric_attention",
     vmap=_vmap,
     flops=_flops,
+    setting=product_precision,
 )
 # skip is dense, NCHW or channels_last.
 register(
@@ -167,6 +169,7 @@ register(
     reference=reference.asymmetric_attention_out,
     triton_module="asymmetric_attention",
     flops=_flops,
+    setting=product_precision,
     written=4,
 )
 # needs: which of the three gradients are wanted; the others come back empty.
@@ -178,6 +181,7 @@ _route_bwd = register(
     triton_module="asymmetric_attention",
     vmap=_vmap_bwd,
     flops=_flops_bwd,
+    setting=product_precision,
 )
 
 

@@ -1,8 +1,9 @@
 """annnet::matrix_products: products of weights and pooled tokens, read and written in whatever dtype they have.
 
-The matrices have as many rows as there are tokens or channels, so on a GPU each product is one short launch, and a cast
-ahead of it or behind it would be one more. Several products that build on each other are one call. They are as accurate
-as in float32 (of float64, in float64), whatever autocast says. On other devices they are calls of ``torch.mm``.
+A factor is a matrix, a weight (C_out, C_in, 1, 1), or tokens (B, C, T), which are a row per token. It has as many rows as
+there are tokens or channels, so on a GPU each product is one short launch, and a cast ahead of it or behind it would be
+one more. Several products that build on each other are one call. They are as accurate as in float32 (of float64, in
+float64), whatever autocast says. On other devices they are calls of ``torch.mm``.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference.operators import accumulator_of, matrix_of
+from ..layouts import empty_tokens
+from ..reference.operators import accumulator_of, as_matrix
 from ..runtime.autocast import no_autocast
+from . import registration
 from .registration import is_batch_of_gradients, register, steps
 
 
 class Program(NamedTuple):
-    """Products in their order. A factor is the number of a matrix, or of a product behind the matrices.
+    """Products in their order. A factor has a number; the products follow behind the factors that are given.
 
-    ``~number`` is its transpose. ``like`` says which matrix has the dtype of each product, or :data:`WIDE`.
+    ``~number`` is its transpose. ``like`` says which factor has the dtype and the form of each product: that of tokens
+    has their batch, that of a weight is a weight. Or it is :data:`WIDE`.
     """
 
     left: list[int]
@@ -31,31 +35,49 @@ class Program(NamedTuple):
 
 
 WIDE = -1
-"""In the place of a matrix whose dtype a product gets: float32, or float64 where a matrix is."""
+"""In the place of a factor whose dtype and form a product gets: a matrix, float32, or float64 where a factor is."""
 
 
 def _allocate(
-    matrices: Sequence[Tensor], left: Sequence[int], right: Sequence[int], like: Sequence[int]
+    factors: Sequence[Tensor], left: Sequence[int], right: Sequence[int], like: Sequence[int]
 ) -> list[Tensor]:
-    known, wide = list(matrices), accumulator_of(*(matrix.dtype for matrix in matrices))
+    sizes = [_size_of(x.shape) for x in factors]
+    wide = accumulator_of(*(x.dtype for x in factors))
+    products = []
     for i, j, source in zip(left, right, like, strict=True):
-        shape = known[i].shape[0] if i >= 0 else known[~i].shape[1], known[j].shape[1] if j >= 0 else known[~j].shape[0]
-        known.append(matrices[0].new_empty(shape, dtype=wide if source == WIDE else matrices[source].dtype))
-    return known[len(matrices) :]
+        size = sizes[i][0] if i >= 0 else sizes[~i][1], sizes[j][1] if j >= 0 else sizes[~j][0]
+        sizes.append(size)
+        if source == WIDE:
+            products.append(factors[0].new_empty(size, dtype=wide))
+        else:
+            products.append(_empty_like(factors[source], size))
+    return products
+
+
+def _size_of(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a factor."""
+    return (shape[0] * shape[2], shape[1]) if len(shape) == 3 else (shape[0], shape[1])
+
+
+def _empty_like(source: Tensor, size: tuple[int, int]) -> Tensor:
+    """Memory for a product of ``size`` that has the form of ``source``."""
+    if source.dim() == 3:
+        return empty_tokens(source, source.shape[0], size[1], source.shape[2])
+    return source.new_empty(size if source.dim() == 2 else (*size, 1, 1))
 
 
 def _flops(shapes: Sequence[Sequence[int]], left: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -> int:
-    known, total = [tuple(shape) for shape in shapes], 0
+    sizes, total = list(map(_size_of, shapes)), 0
     for i, j in zip(left, right, strict=True):
-        rows, depth = known[i] if i >= 0 else reversed(known[~i])
-        columns = known[j][1] if j >= 0 else known[~j][0]
-        known.append((rows, columns))
+        rows, depth = sizes[i] if i >= 0 else reversed(sizes[~i])
+        columns = sizes[j][1] if j >= 0 else sizes[~j][0]
+        sizes.append((rows, columns))
         total += 2 * rows * depth * columns
     return total
 
 
 register(
-    "matrix_products(Tensor[] matrices, int[] left, int[] right, int[] like) -> Tensor[]",
+    "matrix_products(Tensor[] factors, int[] left, int[] right, int[] like) -> Tensor[]",
     allocate=_allocate,
     reference=reference.matrix_products_out,
     triton_module="matrix_products",
@@ -63,25 +85,28 @@ register(
 )
 
 
-def launches(device: torch.device) -> bool:
-    """Whether work on this device is launched, so that a cast costs a launch of its own."""
-    return device.type == "cuda"
-
-
-def _stand_for_many(matrices: Sequence[Tensor]) -> bool:
+def _stand_for_many(factors: Sequence[Tensor]) -> bool:
     """Whether a transform batches the products, which PyTorch's own know how to do."""
-    return torch._C._are_functorch_transforms_active() or any(map(is_batch_of_gradients, matrices))
+    return torch._C._are_functorch_transforms_active() or any(map(is_batch_of_gradients, factors))
 
 
-def matrix_products(matrices: Sequence[Tensor], program: Program) -> list[Tensor]:
-    """The products of a program, each a matrix in its dtype; not differentiable."""
-    if launches(matrices[0].device) and not _stand_for_many(matrices):
-        products: list[Tensor] = steps.matrix_products(list(matrices), *program)
+def matrix_products(factors: Sequence[Tensor], program: Program) -> list[Tensor]:
+    """The products of a program, each in its dtype and form; not differentiable."""
+    if registration.launches(factors[0]) and not _stand_for_many(factors):
+        products: list[Tensor] = steps.matrix_products(list(factors), *program)
         return products
-    known, wide = list(matrices), accumulator_of(*(matrix.dtype for matrix in matrices))
-    with no_autocast(matrices[0].device.type):
-        for i, j, source in zip(*program, strict=True):
-            a, b = matrix_of(known, i), matrix_of(known, j)
-            product = torch.mm(a.to(wide), b.to(wide))
-            known.append(product if source == WIDE else product.to(matrices[source].dtype))
-    return known[len(matrices) :]
+    matrices, wide = list(map(as_matrix, factors)), accumulator_of(*(x.dtype for x in factors))
+    with no_autocast(factors[0].device.type):
+        for i, j in zip(program.left, program.right, strict=True):
+            a, b = (matrices[n] if n >= 0 else matrices[~n].t() for n in (i, j))
+            matrices.append(torch.mm(a.to(wide), b.to(wide)))
+    made = matrices[len(factors) :]
+    return [x if source == WIDE else _formed(x, factors[source]) for x, source in zip(made, program.like, strict=True)]
+
+
+def _formed(product: Tensor, source: Tensor) -> Tensor:
+    """A product in the dtype and form of ``source``."""
+    product = product.to(source.dtype)
+    if source.dim() == 3:
+        return product.view(source.shape[0], source.shape[2], -1).transpose(1, 2)
+    return product if source.dim() == 2 else product[:, :, None, None]

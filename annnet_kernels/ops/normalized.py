@@ -67,9 +67,10 @@ class Parameters(NamedTuple):
 
     def gradients(self, sums: Tensor) -> Gradients:
         """Of weight and bias, from Σ g and Σ g·ŷ."""
+        bias, weight = sums.unbind()
         return (
-            None if self.weight is None else sums[1].to(self.weight),
-            None if self.bias is None else sums[0].to(self.bias),
+            None if self.weight is None else weight if self.weight == weight.dtype else weight.to(self.weight),
+            None if self.bias is None else bias if self.bias == bias.dtype else bias.to(self.bias),
         )
 
     def zeros(self, like: Tensor) -> Gradients:

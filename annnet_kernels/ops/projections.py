@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..layouts import is_channels_last
+from . import registration
 from .functions import is_traced
-from .matrix_products import launches
 from .normalized import Gradients, Levels
 from .registration import is_batch_of_gradients, steps
 
@@ -106,7 +106,7 @@ def _convolution_backward(
 
 def _add_product(before: Tensor, grad: Tensor, weight: Tensor) -> bool:
     """before += grad W by one product, where both maps are matrices and a sum would be a launch of its own."""
-    if not launches(before.device) or _stands_for_many(grad) or not all(map(_is_matrix, (before, grad))):
+    if not registration.launches(before) or _stands_for_many(grad) or not all(map(_is_matrix, (before, grad))):
         return False
     target, source = (x.permute(0, 2, 3, 1).view(-1, x.shape[1]) for x in (before, grad))
     target.addmm_(source, weight.view(weight.shape[:2]))

@@ -8,14 +8,15 @@ an output is decided in one place, whichever implementation runs.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
 from ..runtime.autocast import no_autocast
-from ..runtime.backends import choose_backend, requested_backend
+from ..runtime.backends import choose_backend, record_choice, requested_backend
+from . import calls
 from .flops import register_flops
 
 NAMESPACE = "annnet"
@@ -42,6 +43,11 @@ is_batch_of_gradients = torch._C._functorch.is_legacy_batchedtensor
 """Whether a tensor stands for many, as in ``torch.autograd.grad(..., is_grads_batched=True)``."""
 
 
+def launches(x: torch.Tensor) -> bool:
+    """Whether work on the device of ``x`` is launched: then a cast costs a launch, and a step may wait for the host."""
+    return x.is_cuda
+
+
 def _step(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
     """A call of ``operator`` from inside a Function, where gradients are off.
 
@@ -61,11 +67,25 @@ def _step(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
             or torch._C._get_tracing_state() is not None
         ):
             return operator(*arguments)
-        if any(type(x) not in _PLAIN or is_batch_of_gradients(x) for x in _tensors_of(arguments)):
-            return operator(*arguments)
+        for x in arguments:
+            kind = type(x)
+            if is_batch_of_gradients(x) if kind in _PLAIN else not (x is None or kind in _NO_TENSORS or _is_plain(x)):
+                return operator(*arguments)
         return run(*arguments)
 
     return call
+
+
+_NO_TENSORS = {bool, float, int, str}
+
+
+def _is_plain(argument: Any) -> bool:
+    """Whether an argument is no tensor, or one of PyTorch's own class that stands for itself."""
+    if isinstance(argument, (list, tuple)):
+        return all(map(_is_plain, argument))
+    if type(argument) in _PLAIN:
+        return not is_batch_of_gradients(argument)
+    return not isinstance(argument, torch.Tensor)
 
 
 def register(
@@ -77,6 +97,7 @@ def register(
     vmap: Callable[..., Any] | None = None,
     flops: Callable[..., int] | None = None,
     written: int | None = None,
+    setting: Callable[[torch.dtype], Any] | None = None,
 ) -> Callable[[Callable[..., Any]], None]:
     """Define an operator and return a decorator for the function that computes it differentiably.
 
@@ -96,6 +117,7 @@ def register(
         flops: FLOP of a call (2 per multiply-add), as ``register_flop_formula`` takes it; None counts nothing.
         written: index of the operand that an in-place operator (its name ends in ``_``) writes. Implementations are
             those of the operator without the underscore, which get this operand as their first output.
+        setting: what of the user's settings the implementations follow, by the dtype of the first operand.
     """
     operator_name = schema.split("(", 1)[0]
     name = operator_name.removesuffix("_")
@@ -106,7 +128,7 @@ def register(
     LIBRARY.define(schema, tags=_TAGS)
     operator = getattr(getattr(torch.ops, NAMESPACE), operator_name).default
 
-    returns_list = "-> Tensor[]" in schema
+    takes_list, returns_list = f"{operator_name}(Tensor[] " in schema, "-> Tensor[]" in schema
     mutated = [
         i for i, a in enumerate(operator._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
     ]
@@ -126,16 +148,44 @@ def register(
                 implementations[backend] = getattr(torch.ops.annnet_native, name).default
         return implementations[backend]
 
-    def run(*arguments: Any) -> Any:
-        *operands, requested = arguments if takes_backend else (*arguments, requested_backend())
-        first: torch.Tensor = operands[0][0] if isinstance(operands[0], list) else operands[0]
-        outputs = allocate(*arguments)
-        fill = implementation(choose_backend(name, first.device, first.dtype, requested, has_triton=has_triton))
-        filled = outputs if isinstance(outputs, (tuple, list)) else () if outputs is None else (outputs,)
-        fill(*operands, *(filled if written is None else (operands[written], *filled)))
+    def count_writes(operands: Sequence[Any]) -> None:
         for index in mutated:  # below autograd nothing counts it
             if operands[index] is not None and not operands[index].is_inference():
                 torch.autograd.graph.increment_version(operands[index])
+
+    def run(*arguments: Any) -> Any:
+        *operands, requested = arguments if takes_backend else (*arguments, requested_backend())
+        flat = [*operands[0], *operands[1:]] if takes_list else operands
+        first: torch.Tensor = flat[0]
+        key = known = None
+        if launches(first):
+            settings = None if setting is None else setting(first.dtype)
+            key, known = calls.find((operator_name, requested, settings, *calls.kind_of(flat)), flat)
+        if known is None:
+            outputs = fill_new_outputs(arguments, operands, flat, requested, key)
+        else:
+            outputs = known.repeat(flat)
+            record_choice(name, "triton")
+        if mutated:
+            count_writes(operands)
+        return outputs
+
+    def fill_new_outputs(
+        arguments: Sequence[Any], operands: Sequence[Any], flat: Sequence[Any], requested: str | None, key: Any
+    ) -> Any:
+        outputs = allocate(*arguments)
+        filled = outputs if isinstance(outputs, (tuple, list)) else () if outputs is None else (outputs,)
+        if written is not None:
+            filled = (operands[written], *filled)
+        first = flat[0]
+        backend = choose_backend(name, first.device, first.dtype, requested, has_triton=has_triton)
+        fill = implementation(backend)
+        if backend != "triton":
+            fill(*operands, *filled)
+            return outputs
+        plan = fill.run_and_plan(*flat, *filled) if hasattr(fill, "run_and_plan") else fill(*flat, *filled)
+        if plan is not None and key is not None:
+            calls.keep(key, flat, calls.Call(plan, outputs, written))
         return outputs
 
     LIBRARY.impl(operator_name, run, "CompositeExplicitAutograd")

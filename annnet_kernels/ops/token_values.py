@@ -18,12 +18,19 @@ Order = Any
 """How a chain of matrices is multiplied: the number of one of them, or a pair of orders."""
 
 
+@cache
 def program_of(order: Order, count: int, like: int) -> Program:
-    """The products of ``order`` over ``count`` matrices, wide on the way; the last has the dtype of matrix ``like``."""
+    """The products of ``order`` over rows and weights, wide on the way; the last has the form of factor ``like``."""
     steps = _steps(order)
-    numbers: dict[Order, int] = {**{i: i for i in range(count)}, **{step: count + i for i, step in enumerate(steps)}}
+    numbers = _numbers(steps, count)
     left, right = ([numbers[step[side]] for step in steps] for side in (0, 1))
     return Program(left, right, [like if step == order else WIDE for step in steps])
+
+
+def _numbers(steps: Sequence[Order], count: int) -> dict[Order, int]:
+    """Of the factors and of the products on the way; rows are multiplied with the transpose of a weight."""
+    factors = {i: ~i if i else i for i in range(count)}
+    return {**factors, **{step: count + i for i, step in enumerate(steps)}}
 
 
 def _steps(order: Order) -> list[Order]:
@@ -31,14 +38,15 @@ def _steps(order: Order) -> list[Order]:
     return [] if isinstance(order, int) else [*_steps(order[0]), *_steps(order[1]), order]
 
 
-def order_of(rows: Tensor, weights: Sequence[Tensor]) -> Order:
-    """How to multiply rows (R, C) with weights (C_out, C_in): at the fewest operations.
+def order_of(tokens: Tensor, weights: Sequence[Tensor]) -> Order:
+    """How to multiply the rows of tokens (B, C, T) with weights (C_out, C_in, 1, 1): at the fewest operations.
 
     Traced code multiplies the weights behind the first ahead of the rest: comparing sizes would tie it to the batch
     that it was traced with.
     """
-    if not is_traced() and isinstance(rows.shape[0], int):  # a symbol where make_fx traces
-        return cheapest_order((rows.shape[0], rows.shape[1], *(weight.shape[0] for weight in weights)))
+    batch, channels, count = tokens.shape
+    if not is_traced() and isinstance(batch, int):  # a symbol where make_fx traces
+        return cheapest_order((batch * count, channels, *(weight.shape[0] for weight in weights)))
     if len(weights) == 1:
         return (0, 1)
     rest: Order = 2
@@ -76,55 +84,48 @@ class TokenValues(torch.autograd.Function):
     def forward(
         tokens: Tensor, value_weight: Tensor, out_weight: Tensor, context_weight: Tensor | None
     ) -> tuple[Tensor, ...]:
-        weights = _present(value_weight, out_weight, context_weight)
-        leaves = _leaves(tokens, weights)
-        *made, values = matrix_products(leaves, program_of(order_of(leaves[0], weights), len(leaves), like=0))
-        return _tokens_of(values, tokens), *made
+        factors = _present(tokens, value_weight, out_weight, context_weight)
+        *made, values = matrix_products(factors, program_of(order_of(tokens, factors[1:]), len(factors), like=0))
+        return values, *made
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        tokens, *given = inputs
-        weights, made = _present(*given), output[1:]
+        factors, made = _present(*inputs), output[1:]
         ctx.mark_non_differentiable(*made)
         ctx.set_materialize_grads(False)
-        ctx.number = len(weights)
-        ctx.save_for_backward(tokens, *weights, *made)
+        ctx.number = len(factors)
+        ctx.save_for_backward(*factors, *made)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Gradients:
-        tokens, *others = ctx.saved_tensors
-        weights, made = others[: ctx.number], others[ctx.number :]
         if grad is None:
             return (None,) * 4
-        needed = ctx.needs_input_grad
-        leaves = _leaves(tokens, weights)
-        drows, *dweights = chain_gradients(order_of(leaves[0], weights), leaves, made, needed, _rows_of(grad))
-        dtokens = None if drows is None else _tokens_of(drows, tokens)
-        shaped = [None if g is None else g.view_as(w) for g, w in zip(dweights, weights, strict=True)]
-        return dtokens, *shaped, *(None,) * (3 - len(shaped))
+        saved = ctx.saved_tensors
+        factors, made = saved[: ctx.number], saved[ctx.number :]
+        order = order_of(factors[0], factors[1:])
+        gradients = chain_gradients(order, factors, made, ctx.needs_input_grad, grad)
+        return *gradients, *(None,) * (4 - len(gradients))
 
 
 def chain_gradients(
-    order: Order, leaves: Sequence[Tensor], made: Sequence[Tensor], needed: Sequence[bool], grad: Tensor
+    order: Order, factors: Sequence[Tensor], made: Sequence[Tensor], needed: Sequence[bool], grad: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of rows and weights: leaves are the rows and the transposed weights, ``made`` the products on the way.
-
-    That of a weight is made as it lies in memory, not transposed.
-    """
-    program, places = gradient_program(order, len(leaves), tuple(needed[: len(leaves)]))
-    gradients = matrix_products([*leaves, *made, grad], program) if program.left else []
+    """Gradients of tokens and weights, from those, the products on the way and the gradient of the last one."""
+    program, places = gradient_program(order, len(factors), tuple(needed[: len(factors)]))
+    gradients = matrix_products([*factors, *made, grad], program) if program.left else []
     return [None if place is None else gradients[place] for place in places]
 
 
 @cache
 def gradient_program(order: Order, count: int, needed: tuple[bool, ...]) -> tuple[Program, list[int | None]]:
-    """Products that make the gradients of the leaves, from leaves, products on the way, and the gradient of the last.
+    """Products that make the gradients of the factors, from these, products on the way, and the gradient of the last.
 
-    Beside the program, which of its products is the gradient of each leaf.
+    Beside the program, which of its products is the gradient of each factor. That of a weight is made as it lies in
+    memory, not transposed.
     """
     steps = _steps(order)
-    numbers: dict[Order, int] = {**{i: i for i in range(count)}, **{step: count + i for i, step in enumerate(steps)}}
+    numbers = _numbers(steps, count)
     first = count + len(steps)  # the number of the first product; the gradient stands where the last of the steps would
     gradients: dict[Order, int] = {order: first - 1}
     program = Program([], [], [])
@@ -148,23 +149,5 @@ def gradient_program(order: Order, count: int, needed: tuple[bool, ...]) -> tupl
     return program, [gradients[i] - first if i in gradients else None for i in range(count)]
 
 
-def _present(*weights: Tensor | None) -> list[Tensor]:
-    return [weight for weight in weights if weight is not None]
-
-
-def _leaves(tokens: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """The matrices of the chain, whose product has a row per token."""
-    return [_rows_of(tokens), *(weight.view(weight.shape[:2]).t() for weight in weights)]
-
-
-def _rows_of(tokens: Tensor) -> Tensor:
-    """(B, C, T) → (B · T, C), without a copy where tokens are token-major."""
-    rows = tokens.transpose(1, 2)
-    if is_traced():
-        return rows.reshape(-1, tokens.shape[1])
-    return (rows if rows.is_contiguous() else rows.contiguous()).view(-1, tokens.shape[1])
-
-
-def _tokens_of(rows: Tensor, like: Tensor) -> Tensor:
-    """(B · T, C) → (B, C, T), with batch and tokens of ``like``."""
-    return rows.view(like.shape[0], like.shape[2], rows.shape[1]).transpose(1, 2)
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    return [x for x in tensors if x is not None]

@@ -74,23 +74,33 @@ def accumulator_of(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def matrix_of(matrices: Sequence[Tensor], number: int) -> Tensor:
-    """A matrix by its number, or the transpose of the one whose number is ``~number``."""
-    return matrices[number] if number >= 0 else matrices[~number].t()
+def matrix_of(factors: Sequence[Tensor], number: int) -> Tensor:
+    """A factor by its number as a matrix, or the transpose of the one whose number is ``~number``."""
+    return as_matrix(factors[number]) if number >= 0 else as_matrix(factors[~number]).t()
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """A row per token of tokens (B, C, T), the two channel dimensions of a weight (C_out, C_in, 1, 1), or a matrix."""
+    if x.dim() == 3:
+        return x.transpose(1, 2).reshape(-1, x.shape[1])
+    return x.view(x.shape[:2]) if x.dim() == 4 else x
 
 
 def matrix_products_out(
-    matrices: Sequence[Tensor],
+    factors: Sequence[Tensor],
     left: Sequence[int],
     right: Sequence[int],
     like: Sequence[int],
     *products: Tensor,
 ) -> None:
-    known = [*matrices, *products]
+    known = [*factors, *products]
     for i, j, product in zip(left, right, products, strict=True):
         a, b = matrix_of(known, i), matrix_of(known, j)
         wide = accumulator_of(a.dtype, b.dtype)
-        product.copy_(torch.mm(a.to(wide), b.to(wide)))
+        result = torch.mm(a.to(wide), b.to(wide))
+        if product.dim() == 3:  # the rows of tokens may lie in any order
+            result = result.view(product.shape[0], product.shape[2], -1).transpose(1, 2)
+        product.copy_(result.view(product.shape) if product.dim() == 4 else result)
 
 
 def asymmetric_attention_out(

@@ -178,8 +178,13 @@ def choose_backend(
         if reason is not None:
             raise RuntimeError(f"{operator}: the requested backend {requested!r} cannot run: {reason}")
         backend = requested
-    _last_used[operator] = backend
+    record_choice(operator, backend)
     return backend
+
+
+def record_choice(operator: str, backend: str) -> None:
+    """Remember for :func:`last_backend` what served a call."""
+    _last_used[operator] = backend
 
 
 @cache  # asked anew between two kernels, when nothing of it is in a cache, the reasons took 60 µs

@@ -5,7 +5,6 @@ What this depends on in the package stands in ``_route``; in Triton, in ``_Drive
 
 from __future__ import annotations
 
-import importlib
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -209,10 +208,7 @@ def _described(value: Any) -> str:
 def _route() -> None:
     """Operators on CPU tensors are served as on a GPU, by the launches that a Hopper GPU would get."""
     from annnet_kernels.kernels import launch
-    from annnet_kernels.ops import projections, registration
-
-    # By its path: the package's name is that of the function.
-    matrix_products = importlib.import_module("annnet_kernels.ops.matrix_products")
+    from annnet_kernels.ops import registration
 
     cuda = torch.device("cuda", 0)
     namespace: Any = registration
@@ -222,6 +218,5 @@ def _route() -> None:
         return str(choose(operator, cuda, dtype, *rest, **options))
 
     namespace.choose_backend = choose_for_cuda
-    for module in (matrix_products, projections):
-        module.launches = lambda _: True  # type: ignore[attr-defined]
+    namespace.launches = lambda _: True
     launch.INTERPRETER = launch.Device(CAPABILITY, MULTIPROCESSORS)  # what a CPU tensor counts as
