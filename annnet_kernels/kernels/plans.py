@@ -114,10 +114,11 @@ class Plan:
         first: Tensor = arguments[0]
         tensors = [*arguments, *(first.new_empty(shape, dtype=dtype) for shape, dtype in self._memory)]
         with on_device_of(first):
-            active = driver.active
+            active, hooks = driver.active, knobs.runtime
             stream = active.get_current_stream(active.get_current_device())
+            directly = _KNOWN_LAUNCHER and not (_listens(hooks.launch_enter_hook) or _listens(hooks.launch_exit_hook))
             for launch in self._launches:
-                launch.run(tensors, stream)
+                launch.run(tensors, stream, directly)
 
 
 def _listens(hook: Any) -> bool:
@@ -133,7 +134,7 @@ class Prepared:
         self._grid = (*launch.grid, 1, 1)[:3]
         self._values = [launch.arguments[name] for name in launch.kernel.arg_names]
         self._tensors: list[tuple[int, int]] = []
-        self._tuples: list[tuple[int, list[tuple[int, int]]]] = []
+        self._tuples: list[tuple[int, list[Any], list[tuple[int, int]]]] = []
         for index, value in enumerate(self._values):
             if isinstance(value, Tensor):
                 self._tensors.append((index, place_of(value)))
@@ -141,22 +142,21 @@ class Prepared:
             elif isinstance(value, tuple):
                 fields = [(i, place_of(field)) for i, field in enumerate(value) if isinstance(field, Tensor)]
                 if fields:
-                    self._tuples.append((index, fields))
-                    self._values[index] = [None if isinstance(field, Tensor) else field for field in value]
+                    template = [None if isinstance(field, Tensor) else field for field in value]
+                    self._tuples.append((index, template, fields))
+                    self._values[index] = None
 
-    def run(self, tensors: Sequence[Any], stream: int) -> None:
-        """Launch it, with ``tensors`` by their places."""
+    def run(self, tensors: Sequence[Any], stream: int, directly: bool) -> None:
+        """Launch it, with ``tensors`` by their places; ``directly`` passes by Triton's own launch and its hooks."""
         values = self._values.copy()
         for index, place in self._tensors:
             values[index] = tensors[place]
-        for index, fields in self._tuples:
-            filled = values[index].copy()
+        for index, template, fields in self._tuples:
+            filled = template.copy()
             for i, place in fields:
                 filled[i] = tensors[place]
             values[index] = tuple(filled)
-        if _KNOWN_LAUNCHER and not (
-            _listens(knobs.runtime.launch_enter_hook) or _listens(knobs.runtime.launch_exit_hook)
-        ):
+        if directly:
             kernel = self._kernel
             kernel.run(*self._grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *values)
         else:

@@ -1,9 +1,9 @@
 """annnet::matrix_products: products of weights and pooled tokens, read and written in whatever dtype they have.
 
-A factor is a matrix, a weight (C_out, C_in, 1, 1), or tokens (B, C, T), which are a row per token. It has as many rows as
-there are tokens or channels, so on a GPU each product is one short launch, and a cast ahead of it or behind it would be
-one more. Several products that build on each other are one call. They are as accurate as in float32 (of float64, in
-float64), whatever autocast says. On other devices they are calls of ``torch.mm``.
+A factor is a matrix, a weight (C_out, C_in, 1, 1), or tokens (B, C, T), a row per token. There are as many rows as tokens
+or channels, so on a GPU each product is one short launch, and a cast ahead of it or behind it would be one more.
+Several products that build on each other are one call. They are as accurate as in float32 (of float64, in float64),
+whatever autocast says. On other devices they are calls of ``torch.mm``.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Levels(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """Dtypes of a norm's weight and bias, and shapes with dtypes of the biases that it cancels.
+    """Dtypes of a norm's weight and bias, and of the biases that it cancels, with their shapes.
 
     A context keeps no more of them: compiled autograd loses a tensor that is kept as an attribute.
     """
@@ -62,27 +62,32 @@ class Parameters(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor | None, bias: Tensor | None, cancelled: Sequence[Tensor | None]) -> Parameters:
         """None stays None."""
-        weight_dtype, bias_dtype = (None if parameter is None else parameter.dtype for parameter in (weight, bias))
-        return cls(weight_dtype, bias_dtype, tuple(None if x is None else (x.shape, x.dtype) for x in cancelled))
+        return cls(
+            None if weight is None else weight.dtype,
+            None if bias is None else bias.dtype,
+            tuple([None if x is None else (x.shape, x.dtype) for x in cancelled]),
+        )
 
     def gradients(self, sums: Tensor) -> Gradients:
         """Of weight and bias, from Σ g and Σ g·ŷ."""
         bias, weight = sums.unbind()
-        return (
-            None if self.weight is None else weight if self.weight == weight.dtype else weight.to(self.weight),
-            None if self.bias is None else bias if self.bias == bias.dtype else bias.to(self.bias),
+        return None if self.weight is None else weight.to(self.weight), None if self.bias is None else bias.to(
+            self.bias
         )
 
     def zeros(self, like: Tensor) -> Gradients:
         """Of the cancelled biases: parts of one tensor of zeros, where they have one dtype."""
         present = [entry for entry in self.cancelled if entry is not None]
-        if len({dtype for _, dtype in present}) != 1:
+        if not present:
+            return self.cancelled
+        dtype = present[0][1]
+        if any(other != dtype for _, other in present):
             return tuple(
                 None if entry is None else like.new_zeros(entry[0], dtype=entry[1]) for entry in self.cancelled
             )
-        zeros = like.new_zeros(sum(shape.numel() for shape, _ in present), dtype=present[0][1])
-        parts = iter(zeros.split([shape.numel() for shape, _ in present]))
-        return tuple(None if entry is None else next(parts) for entry in self.cancelled)
+        counts = [shape.numel() for shape, _ in present]
+        parts = iter(like.new_zeros(sum(counts), dtype=dtype).split(counts))
+        return tuple([None if entry is None else next(parts) for entry in self.cancelled])
 
 
 class NormalizedPool(torch.autograd.Function):

@@ -186,13 +186,13 @@ def _watch_launches(recorder: Recorder) -> None:
         prepare(self, launch, *others)
         vars(self)["launched"] = described(launch)
 
-    def repeated(self: Prepared, tensors: Any, stream: int) -> None:
+    def repeated(self: Prepared, *arguments: Any) -> None:
         recorder.launches.append(vars(self)["launched"])
-        repeat(self, tensors, stream)
+        repeat(self, *arguments)
 
     Launch.run = watched  # type: ignore[method-assign]
     Prepared.__init__ = prepared  # type: ignore[method-assign, assignment]
-    Prepared.run = repeated  # type: ignore[method-assign]
+    Prepared.run = repeated  # type: ignore[method-assign, assignment]
 
 
 def _described(value: Any) -> str:
