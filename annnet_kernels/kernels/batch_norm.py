@@ -16,14 +16,16 @@ from .batch_norm_kernels import (
     batch_norm_table_kernel,
     batch_norm_update_kernel,
 )
-from .bn_relu_pool_kernels import bn_relu_sum_parts_kernel
+from .bn_relu_pool import plan_total
 from .launch import CopyBack, Device, Launch, device_of
 from .operands import chunk_argument, map_argument, pixel_multiple
 from .plans import do_not_repeat, planned, scratch
 from .pyramid_pool import layout_examples
 from .tiles import NORM_MAP_BLOCKS, NormTile, norm_split_pixels, norm_tile
 
-_MERGE_PARTS, _MERGE_CHANNELS, _MERGE_WARPS = 32, 64, 4
+_MERGE_PARTS, _MERGE_CHANNELS, _MERGE_WARPS = 64, 8, 4
+"""Few channels per program: a block's narrowest norm, of 256, then has 32 programs, and their divisions in float64 do
+not wait for each other."""
 _TABLE_CHANNELS, _TABLE_WARPS = 128, 4
 
 
@@ -226,16 +228,7 @@ def plan_sums(
         do_not_repeat()
         return []
     launch, parts, _ = _plan_sums(y, grad, norm, channel_scale, relu, 2, device)
-    arguments = {
-        "partial_ptr": launch.arguments["partial_ptr"],
-        "sums_ptr": sums,
-        "parts": parts,
-        "size": sums.numel(),
-        "BLOCK_PARTS": _MERGE_PARTS,
-        "BLOCK_SIZE": _MERGE_CHANNELS,
-    }
-    total = Launch(bn_relu_sum_parts_kernel, (-(-sums.numel() // _MERGE_CHANNELS),), arguments, _MERGE_WARPS, 1)
-    return [launch, total]
+    return [launch, plan_total(launch.arguments["partial_ptr"], parts, sums)]
 
 
 def _plan_sums(

@@ -26,7 +26,8 @@ from .pyramid_pool import (
 )
 from .tiles import pool_tile
 
-_SUM_PARTS, _SUM_SIZE, _SUM_WARPS = 32, 64, 4
+_SUM_PARTS, _SUM_SIZE, _SUM_WARPS = 64, 16, 4
+"""Few sums per program: the narrowest norm of a block, of 256 channels, then has 32 programs."""
 
 
 @planned
@@ -78,17 +79,22 @@ def plan_sums(
 ) -> list[Launch]:
     """sums = (Σ g, Σ g·ŷ): one pass over the maps, then over the sums of its parts."""
     launch, parts = _plan_pass(y, norm, gradients, None, heights, widths, device)
+    total = plan_total(launch.arguments["out_ptr"], parts, sums)
+    return [launch, total] if parts else [total]
+
+
+def plan_total(partial: Tensor, parts: int, sums: Tensor) -> Launch:
+    """sums (2, C) = partial (parts, 2, C) added up in a fixed order."""
     size = sums.numel()
     arguments = {
-        "partial_ptr": launch.arguments["out_ptr"],
+        "partial_ptr": partial,
         "sums_ptr": sums,
         "parts": parts,
         "size": size,
         "BLOCK_PARTS": _SUM_PARTS,
         "BLOCK_SIZE": _SUM_SIZE,
     }
-    total = Launch(bn_relu_sum_parts_kernel, (-(-size // _SUM_SIZE),), arguments, _SUM_WARPS, 1)
-    return [launch, total] if parts else [total]
+    return Launch(bn_relu_sum_parts_kernel, (-(-size // _SUM_SIZE),), arguments, _SUM_WARPS, 1)
 
 
 def plan_input(

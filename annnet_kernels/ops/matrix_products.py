@@ -1,7 +1,7 @@
 """annnet::matrix_products: products of weights and pooled tokens, read and written in whatever dtype they have.
 
-A factor is a matrix, a weight (C_out, C_in, 1, 1), or tokens (B, C, T), a row per token. There are as many rows as tokens
-or channels, so on a GPU each product is one short launch, and a cast ahead of it or behind it would be one more.
+A factor is a matrix, a weight (C_out, C_in, 1, 1), or tokens (B, C, T), a row per token. There are as many rows as
+tokens or channels, so on a GPU each product is one short launch, and a cast ahead of it or behind it would be one more.
 Several products that build on each other are one call. They are as accurate as in float32 (of float64, in float64),
 whatever autocast says. On other devices they are calls of ``torch.mm``.
 """
@@ -108,5 +108,5 @@ def _formed(product: Tensor, source: Tensor) -> Tensor:
     """A product in the dtype and form of ``source``."""
     product = product.to(source.dtype)
     if source.dim() == 3:
-        return product.view(source.shape[0], source.shape[2], -1).transpose(1, 2)
+        return product.view(source.shape[0], source.shape[2], product.shape[1]).transpose(1, 2)
     return product if source.dim() == 2 else product[:, :, None, None]

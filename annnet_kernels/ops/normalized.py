@@ -70,10 +70,8 @@ class Parameters(NamedTuple):
 
     def gradients(self, sums: Tensor) -> Gradients:
         """Of weight and bias, from Σ g and Σ g·ŷ."""
-        bias, weight = sums.unbind()
-        return None if self.weight is None else weight.to(self.weight), None if self.bias is None else bias.to(
-            self.bias
-        )
+        dbias, dweight = sums.unbind()
+        return _as(dweight, self.weight), _as(dbias, self.bias)
 
     def zeros(self, like: Tensor) -> Gradients:
         """Of the cancelled biases: parts of one tensor of zeros, where they have one dtype."""
@@ -88,6 +86,11 @@ class Parameters(NamedTuple):
         counts = [shape.numel() for shape, _ in present]
         parts = iter(like.new_zeros(sum(counts), dtype=dtype).split(counts))
         return tuple([None if entry is None else next(parts) for entry in self.cancelled])
+
+
+def _as(gradient: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """A gradient in the dtype of its parameter; None where there is no parameter."""
+    return gradient if gradient.dtype == dtype else None if dtype is None else gradient.to(dtype)
 
 
 class NormalizedPool(torch.autograd.Function):

@@ -99,7 +99,7 @@ def matrix_products_out(
         wide = accumulator_of(a.dtype, b.dtype)
         result = torch.mm(a.to(wide), b.to(wide))
         if product.dim() == 3:  # the rows of tokens may lie in any order
-            result = result.view(product.shape[0], product.shape[2], -1).transpose(1, 2)
+            result = result.view(product.shape[0], product.shape[2], product.shape[1]).transpose(1, 2)
         product.copy_(result.view(product.shape) if product.dim() == 4 else result)
 
 
