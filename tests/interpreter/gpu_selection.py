@@ -27,7 +27,7 @@ OTHER_DTYPES = {
 LEFT_OUT = {
     "test_accuracy_of_shapes": {
         "shape": [
-            # Attention: few tokens, one row, one pixel, one token, one token more than a block, one channel, many pixels.
+            # Attention: few tokens, one row, one pixel, one token, more tokens than a block, one channel, many pixels.
             (2, 19, 48, 5, 17, 7),
             (2, 48, 19, 1, 37, 64),
             (2, 40, 24, 1, 1, 128),
