@@ -27,13 +27,14 @@ OTHER_DTYPES = {
 LEFT_OUT = {
     "test_accuracy_of_shapes": {
         "shape": [
-            # Attention: few tokens, one row, one pixel, one token, one token more than a block, one channel.
+            # Attention: few tokens, one row, one pixel, one token, more tokens than a block, one channel, many pixels.
             (2, 19, 48, 5, 17, 7),
             (2, 48, 19, 1, 37, 64),
             (2, 40, 24, 1, 1, 128),
             (1, 16, 20, 12, 11, 1),
             (1, 16, 36, 5, 9, 129),
             (1, 1, 1, 2, 2, 2),
+            (1, 16, 20, 19, 29, 7),
             # Pooling: small maps, one row or column; a large one stays.
             (2, 19, 13, 11),
             (1, 7, 5, 3),

@@ -33,6 +33,7 @@ SHAPES = (
     (1, 16, 36, 5, 9, 129),  # one token more than a block
     (1, 16, 16, 3, 5, 1024),  # many tokens
     (1, 1, 1, 2, 2, 2),
+    (1, 16, 20, 19, 29, 7),  # so many pixels that 16-bit sums over them are split, too
 )
 
 
@@ -87,11 +88,17 @@ def test_accuracy_of_unusual_scales(scale, dtype):
     assert_triton_accurate((1, 16, 24, 9, 11, 30), dtype, scale=scale)
 
 
-def odd_operands(dtype: torch.dtype, layout: str = "nchw", tokens: int = 43) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """query, key, value, grad_out; pixels enough for several blocks and splits."""
-    query = random_map((2, 13, 11, 13), dtype, layout, DEVICE)
-    grad = random_map((2, 18, 11, 13), dtype, layout, DEVICE)
+def odd_operands(
+    dtype: torch.dtype, layout: str = "nchw", tokens: int = 43, size: tuple[int, int] = (11, 13)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """query, key, value, grad_out; pixels enough for several blocks."""
+    query, grad = (random_map((2, c, *size), dtype, layout, DEVICE) for c in (13, 18))
     return query, *(random_tokens(2, c, tokens, dtype, device=DEVICE) for c in (13, 18)), grad
+
+
+def split_operands(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``odd_operands``; pixels enough for several splits, which are longer in 16 bits."""
+    return odd_operands(dtype, size=(11, 13) if dtype == torch.float32 else (19, 29))
 
 
 def forward_and_backward(query, key, value, grad, needs=(True, True, True)):
@@ -110,9 +117,10 @@ def backward_plan(query, key, value, grad, needs=(True, True, True), device=None
     return launches.plan_backward(grad, operands, logsumexp, tuple(wanted), device or device_of(query))
 
 
-def test_sum_over_pixels_is_split():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sum_over_pixels_is_split(dtype):
     """Or the tests of this file would not see the reduction of partial sums."""
-    names = [launch.kernel.__name__ for launch in backward_plan(*odd_operands(torch.float32), device=INTERPRETER)]
+    names = [launch.kernel.__name__ for launch in backward_plan(*split_operands(dtype), device=INTERPRETER)]
     assert names.count("asymmetric_attention_sum_splits_kernel") == 2
 
 
@@ -129,8 +137,9 @@ def test_gradients_that_are_not_needed(needs, tokens, dtype):
         assert torch.equal(ours, full) if needed else ours.shape == (0,)
 
 
-def test_gradients_that_are_not_needed_cost_nothing():
-    operands = odd_operands(torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_that_are_not_needed_cost_nothing(dtype):
+    operands = odd_operands(dtype)
     assert backward_plan(*operands, needs=(False, False, False)) == []
     query_only = backward_plan(*operands, needs=(True, False, False))
     assert [launch.kernel.__name__ for launch in query_only] == ["asymmetric_attention_bwd_pixels_kernel"]
@@ -141,7 +150,7 @@ def test_gradients_that_are_not_needed_cost_nothing():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bitwise_deterministic(dtype):
-    operands = odd_operands(dtype)
+    operands = split_operands(dtype)
     for first, second in zip(forward_and_backward(*operands), forward_and_backward(*operands), strict=True):
         assert torch.equal(first, second)
 
@@ -171,9 +180,12 @@ def test_logsumexp(dtype):
     torch.testing.assert_close(logsumexp.double(), truth, rtol=1e-6, atol=1e-6)
 
 
-def test_batch_of_none():
-    query, key, value, grad = (x[:0] for x in odd_operands(torch.float32))
-    shapes = [tuple(x.shape) for x in forward_and_backward(query, key, value, grad)]
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_batch_of_none(dtype):
+    query, key, value, grad = (x[:0] for x in odd_operands(dtype))
+    out, logsumexp, *gradients = forward_and_backward(query, key, value, grad)
+    assert {x.dtype for x in (out, *gradients)} == {dtype}
+    shapes = [tuple(x.shape) for x in (out, logsumexp, *gradients)]
     assert shapes == [(0, 18, 11, 13), (0, 11 * 13), (0, 13, 11, 13), (0, 13, 43), (0, 18, 43)]
 
 
@@ -196,17 +208,15 @@ def test_touches_nothing_beyond_its_tensors(layout, tokens):
         assert torch.equal(memory, before)
 
 
-def test_offsets_beyond_32_bits():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_offsets_beyond_32_bits(dtype):
     """Strides whose products exceed 2³¹ elements, on memory that is mostly never touched."""
     height, width, channels = 2, 3, 3
     stride = 2**30 + 5
-    memory = torch.empty(channels * stride, dtype=torch.float16, device=DEVICE)
+    memory = torch.empty(channels * stride, dtype=dtype, device=DEVICE)
     query = memory.as_strided((1, channels, height, width), (0, stride, width, 1))
     query.copy_(torch.randn(1, channels, height, width))
-    key, value = (
-        random_tokens(1, channels, 5, torch.float16, device=DEVICE),
-        random_tokens(1, 4, 5, torch.float16, device=DEVICE),
-    )
+    key, value = (random_tokens(1, c, 5, dtype, device=DEVICE) for c in (channels, 4))
     far, near = (
         torch.ops.annnet.asymmetric_attention(q, None, key, value, None, None, 1.0, False)[0]
         for q in (query, query.clone())

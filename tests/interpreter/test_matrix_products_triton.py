@@ -11,11 +11,12 @@ from annnet_kernels.runtime.backends import interpreting
 
 DEVICE = "cpu" if interpreting() else "cuda"
 SEEDS = 3 if interpreting() else 5
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZES = [(110, 64, 19), (1, 1, 1), (65, 33, 130), (64, 256, 64)]
 """Rows, depth, columns."""
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
 def test_accuracy(size, dtype, transposed):
@@ -39,16 +40,21 @@ def test_accuracy(size, dtype, transposed):
     assert ak.last_backend("matrix_products") == "triton"
 
 
-def test_products_of_products():
-    a, b, c = (torch.randn(n, m, device=DEVICE) for n, m in ((7, 5), (5, 6), (6, 3)))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_products(dtype):
+    """Products between products are float32: nothing is rounded to the dtype of the factors."""
+    a, b, c = (torch.randn(n, m, device=DEVICE).to(dtype) for n, m in ((7, 5), (5, 6), (6, 3)))
     with ak.use_backend("triton"):
         ab, abc, square = torch.ops.annnet.matrix_products([a, b, c], [0, 3, ~4], [1, 2, 4], [-1] * 3)
+    a, b, c = a.float(), b.float(), c.float()
     for found, expected in ((ab, a @ b), (abc, a @ b @ c), (square, (a @ b @ c).t() @ (a @ b @ c))):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_nothing():
-    a, b = torch.ones(0, 3, device=DEVICE), torch.ones(3, 4, device=DEVICE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing(dtype):
+    a, b = (torch.ones(shape, dtype=dtype, device=DEVICE) for shape in ((0, 3), (3, 4)))
     with ak.use_backend("triton"):
-        (product,) = torch.ops.annnet.matrix_products([a, b], [0], [1], [-1])
+        (product,) = torch.ops.annnet.matrix_products([a, b], [0], [1], [0])
     assert product.shape == (0, 4)
+    assert product.dtype == dtype

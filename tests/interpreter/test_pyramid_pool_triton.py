@@ -99,11 +99,12 @@ def test_maps_are_cut(images, layout, dtype):
     assert combine.kernel.__name__ == "pyramid_pool_combine_kernel"
 
 
-def test_low_maps_are_walked_from_left_to_right():
-    launch, *_ = forward_plan(random_map((1, 16, 2, 70), torch.float32, "channels_last", DEVICE))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_low_maps_are_walked_from_left_to_right(dtype):
+    launch, *_ = forward_plan(random_map((1, 16, 2, 70), dtype, "channels_last", DEVICE))
     assert launch.arguments["transposed"] == 1
     assert launch.arguments["height"] == 70
-    assert forward_plan(random_map((1, 16, 70, 70), torch.float32))[0].arguments["transposed"] == 0
+    assert forward_plan(random_map((1, 16, 70, 70), dtype))[0].arguments["transposed"] == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -241,9 +242,11 @@ def test_bitwise_deterministic(layout):
         assert torch.equal(first, second)
 
 
-def test_batch_of_none():
-    x, grad = torch.empty(0, 4, 9, 9, device=DEVICE), torch.empty(0, 4, 32, device=DEVICE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_batch_of_none(dtype):
+    x, grad = (torch.empty(0, 4, *size, dtype=dtype, device=DEVICE) for size in ((9, 9), (32,)))
     tokens, dx = forward_and_backward(x, grad)
+    assert tokens.dtype == dx.dtype == dtype
     assert tokens.shape == (0, 4, 32)
     assert dx.shape == (0, 4, 9, 9)
 
@@ -273,10 +276,11 @@ def test_touches_nothing_beyond_its_tensors(shape, channels_last):
         assert memory.isnan().sum() == memory.numel() - math.prod(ours.shape)
 
 
-def test_offsets_beyond_32_bits():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_offsets_beyond_32_bits(dtype):
     """Strides whose products exceed 2³¹ elements, on memory that is mostly never touched."""
     stride = 2**30 + 5
-    memory = torch.empty(3 * stride, dtype=torch.float16, device=DEVICE)
+    memory = torch.empty(3 * stride, dtype=dtype, device=DEVICE)
     for strides in ((0, stride, 4, 1), (0, 4, stride, 1), (0, 12, 4, stride), (0, 1, stride, 3)):
         x = memory.as_strided((1, 3, 3, 3), strides)
         x.copy_(torch.randn(1, 3, 3, 3))
@@ -317,19 +321,21 @@ def test_accuracy_of_maps_of_different_layouts(layout, map_layout, dtype):
     )
 
 
-def test_rectifying_keeps_nan():
-    y = torch.randn(1, 4, 9, 9, device=DEVICE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rectifying_keeps_nan(dtype):
+    y = torch.randn(1, 4, 9, 9, device=DEVICE).to(dtype)
     y[0, 1, 4, 4] = float("nan")
     norm = random_norm(4, DEVICE)
     tokens = torch.ops.annnet.pyramid_pool(y, norm, [1], [1])
     assert torch.equal(tokens.isnan().flatten().cpu(), torch.tensor([False, True, False, False]))
     grad = torch.ones_like(y)
     dy = torch.ops.annnet.bn_relu_bwd_input(y, norm, None, grad, None, 1, [1], [1], "triton")
-    assert dy[0, 1, 4, 4] == norm[1][1] * norm[2][1]
+    assert dy[0, 1, 4, 4] == (norm[1][1] * norm[2][1]).to(dtype)
 
 
-def test_rectified_batch_of_none():
-    y, norm = torch.empty(0, 4, 9, 9, device=DEVICE), random_norm(4, DEVICE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rectified_batch_of_none(dtype):
+    y, norm = torch.empty(0, 4, 9, 9, dtype=dtype, device=DEVICE), random_norm(4, DEVICE)
     assert torch.ops.annnet.pyramid_pool(y, norm, SIZES, SIZES).shape == (0, 4, 110)
     sums = torch.ops.annnet.bn_relu_bwd_sums(y, norm, None, y, SIZES, SIZES, "triton")
     assert torch.equal(sums.cpu(), torch.zeros(2, 4))

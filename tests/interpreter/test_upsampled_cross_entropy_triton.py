@@ -14,6 +14,7 @@ from annnet_kernels.runtime.backends import interpreting
 
 DEVICE = "cpu" if interpreting() else "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OF_TRAINING = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 SEEDS = 1 if interpreting() else 5
 OPERATORS = ("upsampled_cross_entropy", "upsampled_cross_entropy_bwd")
 SIZES = [
@@ -48,14 +49,14 @@ def test_accuracy_of_layouts(layout, dtype):
     assert_accurate((1, 5, 2, 3), (7, 12), dtype, "triton", layout, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@OF_TRAINING
 @pytest.mark.parametrize(("weighted", "smoothing"), [(True, 0.0), (False, 0.2), (True, 1.0)])
 def test_accuracy_of_options(weighted, smoothing, dtype):
     options = {"weighted": weighted, "label_smoothing": smoothing, "reduction": "none", "device": DEVICE}
     assert_accurate((1, 5, 2, 3), (7, 12), dtype, "triton", seeds=SEEDS, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@OF_TRAINING
 def test_a_lane_of_several_classes(dtype):
     """More classes than lanes: each lane has several, and the last group not all."""
     classes = 43
@@ -65,11 +66,9 @@ def test_a_lane_of_several_classes(dtype):
     assert_accurate((1, classes, 2, 2), (4, 3), dtype, "triton", device=DEVICE, seeds=SEEDS)
 
 
-def test_a_label_that_names_no_class_makes_its_pixel_nan():
-    logits, target = (
-        random_map((1, 3, 5, 5), torch.float32, device=DEVICE),
-        random_labels(3, 1, (15, 15), device=DEVICE),
-    )
+@OF_TRAINING
+def test_a_label_that_names_no_class_makes_its_pixel_nan(dtype):
+    logits, target = random_map((1, 3, 5, 5), dtype, device=DEVICE), random_labels(3, 1, (15, 15), device=DEVICE)
     target[0, 7, 7] = 77
     ones = torch.ones(1, 15, 15, device=DEVICE)
     ours = with_gradient(ak.upsampled_cross_entropy, logits, target, None, ones, reduction="none", ignore_index=IGNORED)
@@ -85,8 +84,9 @@ def test_a_label_that_names_no_class_makes_its_pixel_nan():
     assert ak.upsampled_cross_entropy(logits, target, ignore_index=IGNORED).isnan()
 
 
-def test_two_runs_are_bitwise_the_same():
-    logits, target = random_map((1, 4, 2, 3), torch.float32, device=DEVICE), random_labels(4, 1, (6, 9), device=DEVICE)
+@OF_TRAINING
+def test_two_runs_are_bitwise_the_same(dtype):
+    logits, target = random_map((1, 4, 2, 3), dtype, device=DEVICE), random_labels(4, 1, (6, 9), device=DEVICE)
     runs = [
         with_gradient(ak.upsampled_cross_entropy, logits, target, None, torch.ones((), device=DEVICE), ignore_index=255)
         for _ in range(2)
@@ -94,15 +94,16 @@ def test_two_runs_are_bitwise_the_same():
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@OF_TRAINING
 @pytest.mark.parametrize(("shape", "size", "align_corners"), SIZES, ids=str)
 def test_argmax(shape, size, align_corners, dtype):
     assert_argmax(shape, size, dtype, "triton", align_corners=align_corners, device=DEVICE)
     assert ak.last_backend("upsampled_argmax") == "triton"
 
 
-def test_argmax_of_ties_and_nan():
-    logits = torch.zeros(1, 4, 3, 3, device=DEVICE)
+@OF_TRAINING
+def test_argmax_of_ties_and_nan(dtype):
+    logits = torch.zeros(1, 4, 3, 3, dtype=dtype, device=DEVICE)
     logits[:, 2:] = 1
     logits[0, 3, 0, 0] = torch.nan
     expected = F.interpolate(logits, (6, 6), mode="bilinear").argmax(1)
