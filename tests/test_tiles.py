@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from annnet_kernels.kernels.tiles import attention_tile, channel_chunk, pixel_splits, token_gradient_tile
+from annnet_kernels.kernels.tiles import AttentionCase, attention_tile, channel_chunk, pixel_splits, token_gradient_tile
 
 CAPABILITIES = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 KINDS = ((torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32"))
@@ -38,9 +38,8 @@ def test_operands_of_a_stage_fit_shared_memory(
 ):
     dtype, precision = kind
     shared = CAPABILITIES[capability] * 1024
-    tile = attention_tile(
-        key, value, tokens, dtype, precision, backward, normalised, nchw, strided, token_major, capability, shared
-    )
+    flags = backward, normalised, nchw, strided, token_major
+    tile = attention_tile(AttentionCase(key, value, tokens, dtype, precision, *flags, capability, shared))
     assert tile.tokens in (64, 128)
     assert tile.tokens >= min(tokens, 128)
     operands = (tile.pixels + tile.tokens) * max(tile.key_chunk, tile.value_chunk) * dtype.itemsize
@@ -54,20 +53,12 @@ def test_operands_of_a_stage_fit_shared_memory(
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
 @pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=str)
 def test_sizes_of_an_image_choose_nothing_and_tokens_little(dtype, precision, capability, nchw):
+    shared = CAPABILITIES[capability] * 1024
     tiles = {
         attention_tile(
-            256,
-            512,
-            tokens,
-            dtype,
-            precision,
-            backward,
-            normalised,
-            nchw,
-            False,
-            True,
-            capability,
-            CAPABILITIES[capability] * 1024,
+            AttentionCase(
+                256, 512, tokens, dtype, precision, backward, normalised, nchw, False, True, capability, shared
+            )
         )
         for tokens in range(1, 1025)
         for backward in (False, True)

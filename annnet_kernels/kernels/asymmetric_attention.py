@@ -22,7 +22,7 @@ from .batch_norm import plan_moments
 from .launch import Device, Launch, device_of, product_precision
 from .operands import Map, chunk_argument, map_argument, pixel_multiple, tokens_argument
 from .plans import planned, scratch
-from .tiles import AttentionTile, attention_tile, pixel_splits, token_gradient_tile
+from .tiles import AttentionCase, AttentionTile, attention_tile, pixel_splits, token_gradient_tile
 
 _SUM_BLOCK = 1024
 
@@ -205,18 +205,20 @@ def _token_gradient(
 
 def _tile(maps: Sequence[Map], operands: Operands, backward: bool, device: Device) -> AttentionTile:
     return attention_tile(
-        operands.key.shape[1],
-        operands.value.shape[1],
-        operands.key.shape[2],
-        operands.key.dtype,
-        operands.precision,
-        backward,
-        operands.norm is not None,
-        any(m.channel_stride not in (None, 1) for m in maps),
-        any(m.row_stride is not None for m in maps),
-        operands.key.stride(1) == operands.value.stride(1) == 1,
-        device.capability,
-        device.shared_memory,
+        AttentionCase(
+            operands.key.shape[1],
+            operands.value.shape[1],
+            operands.key.shape[2],
+            operands.key.dtype,
+            operands.precision,
+            backward,
+            normalised=operands.norm is not None,
+            nchw=any(m.channel_stride not in (None, 1) for m in maps),
+            strided=any(m.row_stride is not None for m in maps),
+            token_major=operands.key.stride(1) == operands.value.stride(1) == 1,
+            capability=device.capability,
+            shared_memory=device.shared_memory,
+        )
     )
 
 

@@ -6,8 +6,9 @@ products, and the shared memory of the architecture.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -35,89 +36,183 @@ class AttentionTile:
     skip_stages: int | None
 
 
-def attention_tile(
-    key_channels: int,
-    value_channels: int,
-    tokens: int,
-    dtype: torch.dtype,
-    precision: str,
-    backward: bool,
-    normalised: bool,
-    nchw: bool,
-    strided: bool,
-    token_major: bool,
-    capability: tuple[int, int],
-    shared_memory: int,
-) -> AttentionTile:
-    """Tile of the kernels that own a block of pixels.
+@dataclass(frozen=True)
+class AttentionCase:
+    """What the tile of a kernel that owns a block of pixels depends on.
 
-    Args:
-        precision: ``"tf32"`` or ``"ieee"``; the latter keeps float32 away from tensor cores.
-        backward: whether logits and their gradients are held at once.
-        normalised: whether queries are normalised as they are loaded.
-        nchw: whether the channels of a map are no neighbours.
-        strided: whether a map needs two strides to walk its pixels.
-        token_major: whether the channels of a key and of a value are neighbours.
-        shared_memory: bytes that one block may use.
+    ``precision``: ``"tf32"`` or ``"ieee"``; the latter keeps float32 away from tensor cores.
+    ``backward``: whether logits and their gradients are held at once.
+    ``normalised``: whether queries are normalised as they are loaded.
+    ``nchw``: whether the channels of a map are no neighbours.
+    ``strided``: whether a map needs two strides to walk its pixels.
+    ``token_major``: whether the channels of a key and of a value are neighbours.
+    ``shared_memory``: bytes that one block may use.
     """
-    # More than 128 tokens are walked in blocks; 64 spare the small pyramids half of the padding.
-    block_tokens = 64 if tokens <= 64 else 128
-    several_blocks = tokens > block_tokens
-    # Beside the logits, the forward of one block of tokens holds next to nothing.
-    heavy = backward or several_blocks
-    warp_level = capability[0] not in (9, 10)
-    warps, registers = 8, None
-    if dtype.itemsize == 2:
-        # 128 pixels × 128 tokens fill 64 registers per thread with logits; chunks of 256 spill. A third stage hides
-        # more latency where there is memory for it.
-        widest_key, widest_value, pixels, stages = 64, 64, 128, 3 if shared_memory > 128 * 1024 else 2
-        # Hopper's matrix instructions read shared memory: registers are left for twice the pixels, unless channels that
-        # no 16-byte load fits, two strides, or normalised queries in a loop over tokens pass through them.
-        through_registers = key_channels % 8 or value_channels % 8 or strided or (normalised and several_blocks)
-        if heavy and (capability[0] != 9 or through_registers):
-            pixels = 64
-        elif capability[0] == 9 and token_major and not several_blocks and not through_registers:
-            # Two programs per multiprocessor: one computes while the other waits for memory. Logits and their gradients
-            # of 64 pixels fill the registers of 4 warps; normalised queries leave the forward 128 registers per thread
-            # if they come in short chunks.
-            if backward:
-                pixels, warps, registers = 64, 4, _ALL_REGISTERS
-            elif normalised and not nchw:
-                widest_key, registers = 32, 128
-        if backward and through_registers and warp_level and not several_blocks:
-            registers = _ALL_REGISTERS
-        # Half a chunk of queries less in registers makes 180 of 255 and a spill (sm_120).
-        if (warp_level or strided) and (normalised or several_blocks):
-            widest_key = 32
-            if not backward:
-                registers = _ALL_REGISTERS
-            elif not several_blocks:
-                widest_value, registers = 32, _ALL_REGISTERS
-        # Without these Triton spills a few values (sm_100).
-        if capability[0] == 10 and backward and nchw and not several_blocks:
-            widest_key = 32
-        if capability[0] == 10 and nchw and not heavy:
-            widest_value = 32
-        if capability[0] == 10 and ((several_blocks and backward != normalised) or (strided and backward)):
-            registers = _ALL_REGISTERS
-    elif precision == "tf32":
-        widest_key, widest_value, pixels, stages = 32, 32, 64 if heavy or strided else 128, 2
-        if not heavy:
-            registers = _ALL_REGISTERS
-        elif capability[0] != 9:
-            # Wider chunks or twice the pixels spill a few values with any limit of registers (sm_86, sm_120).
-            widest_key, widest_value, pixels, registers = 16, 16, 32, _ALL_REGISTERS
-    else:
-        # Without tensor cores a product is unrolled into fused multiply-adds: short chunks keep the operands few.
-        widest_key, widest_value, pixels, stages = 16, 16, 32 if heavy else 64, 2
-        if heavy and strided:
-            pixels = 16
-        registers = _ALL_REGISTERS
-    key_chunk, value_chunk = channel_chunk(key_channels, widest_key), channel_chunk(value_channels, widest_value)
+
+    key_channels: int
+    value_channels: int
+    tokens: int
+    dtype: torch.dtype
+    precision: str
+    backward: bool
+    normalised: bool
+    nchw: bool
+    strided: bool
+    token_major: bool
+    capability: tuple[int, int]
+    shared_memory: int
+
+    @property
+    def block_tokens(self) -> int:
+        """More than 128 tokens are walked in blocks; 64 spare the small pyramids half of the padding."""
+        return 64 if self.tokens <= 64 else 128
+
+    @property
+    def several_blocks(self) -> bool:
+        """Whether the tokens are walked in blocks."""
+        return self.tokens > self.block_tokens
+
+    @property
+    def heavy(self) -> bool:
+        """Beside the logits, the forward of one block of tokens holds next to nothing; all else holds more."""
+        return self.backward or self.several_blocks
+
+    @property
+    def family(self) -> int:
+        """9 is Hopper, 10 Blackwell's data centre: their matrix instructions read shared memory."""
+        return self.capability[0]
+
+    @property
+    def through_registers(self) -> bool:
+        """Whether channels that no 16-byte load fits, two strides, or queries in a loop over tokens pass registers."""
+        odd = self.key_channels % 8 != 0 or self.value_channels % 8 != 0
+        return odd or self.strided or (self.normalised and self.several_blocks)
+
+    @property
+    def two_programs(self) -> bool:
+        """Whether two programs share a multiprocessor of Hopper: one computes while the other waits for memory."""
+        return self.family == 9 and self.token_major and not (self.several_blocks or self.through_registers)
+
+    @property
+    def by_warps(self) -> bool:
+        """Whether the operands of matrix instructions are registers of a warp."""
+        return self.family not in (9, 10)
+
+
+class Rule(NamedTuple):
+    """What a kernel gets in some cases; of two rules that name a setting, the later holds."""
+
+    when: Callable[[AttentionCase], bool]
+    why: str
+    pixels: int | None = None
+    key_chunk: int | None = None
+    value_chunk: int | None = None
+    warps: int | None = None
+    registers: int | None = None
+
+
+_16_BITS = (
+    Rule(lambda _: True, "128 × 128 logits fill 64 registers per thread; chunks of 256 spill", 128, 64, 64, 8),
+    Rule(
+        lambda c: c.heavy and (c.family != 9 or c.through_registers),
+        "operands in registers leave room for half the pixels; Hopper's lie in shared memory",
+        pixels=64,
+    ),
+    Rule(
+        lambda c: c.two_programs and c.backward,
+        "logits and their gradients of 64 pixels fill the registers of 4 warps: two programs fit",
+        pixels=64,
+        warps=4,
+        registers=_ALL_REGISTERS,
+    ),
+    Rule(
+        lambda c: c.two_programs and not c.backward and c.normalised and not c.nchw,
+        "normalised queries leave 128 registers per thread if they come in short chunks: two programs fit",
+        key_chunk=32,
+        registers=128,
+    ),
+    Rule(
+        lambda c: c.backward and c.through_registers and c.by_warps and not c.several_blocks,
+        "ptxas would stop early and spill",
+        registers=_ALL_REGISTERS,
+    ),
+    Rule(
+        lambda c: (c.by_warps or c.strided) and (c.normalised or c.several_blocks),
+        "half a chunk of queries less in registers makes 180 of 255 and a spill (sm_120)",
+        key_chunk=32,
+    ),
+    Rule(
+        lambda c: (c.by_warps or c.strided) and (c.normalised or c.several_blocks) and not c.backward,
+        "the same, with what the forward may use",
+        registers=_ALL_REGISTERS,
+    ),
+    Rule(
+        lambda c: (c.by_warps or c.strided) and c.normalised and c.backward and not c.several_blocks,
+        "the same, and half a chunk of values",
+        value_chunk=32,
+        registers=_ALL_REGISTERS,
+    ),
+    Rule(
+        lambda c: c.family == 10 and c.nchw and c.backward and not c.several_blocks,
+        "Triton spills a few values (sm_100)",
+        key_chunk=32,
+    ),
+    Rule(lambda c: c.family == 10 and c.nchw and not c.heavy, "Triton spills a few values (sm_100)", value_chunk=32),
+    Rule(
+        lambda c: c.family == 10 and ((c.several_blocks and c.backward != c.normalised) or (c.strided and c.backward)),
+        "Triton spills a few values (sm_100)",
+        registers=_ALL_REGISTERS,
+    ),
+)
+_TF32 = (
+    Rule(lambda _: True, "operands of four bytes: half the chunks of 16 bits", 128, 32, 32, 8),
+    Rule(lambda c: c.heavy or c.strided, "logits and their gradients, or pointers, take the registers", pixels=64),
+    Rule(lambda c: not c.heavy, "ptxas would stop early and spill", registers=_ALL_REGISTERS),
+    Rule(
+        lambda c: c.heavy and c.family != 9,
+        "wider chunks or twice the pixels spill a few values with any limit (sm_86, sm_120)",
+        pixels=32,
+        key_chunk=16,
+        value_chunk=16,
+        registers=_ALL_REGISTERS,
+    ),
+)
+_FLOAT32 = (
+    Rule(
+        lambda _: True,
+        "without tensor cores a product is unrolled into fused multiply-adds: short chunks keep the operands few",
+        64,
+        16,
+        16,
+        8,
+        _ALL_REGISTERS,
+    ),
+    Rule(lambda c: c.heavy, "logits and their gradients", pixels=32),
+    Rule(lambda c: c.heavy and c.strided, "and pointers of each pixel", pixels=16),
+)
+
+
+def attention_tile(case: AttentionCase) -> AttentionTile:
+    """Tile of the kernels that own a block of pixels."""
+    is_16_bits = case.dtype.itemsize == 2
+    settings: dict[str, int] = {}
+    for rule in _16_BITS if is_16_bits else _TF32 if case.precision == "tf32" else _FLOAT32:
+        if rule.when(case):
+            named = zip(Rule._fields[2:], rule[2:], strict=True)
+            settings |= {name: value for name, value in named if value is not None}
+    # A third stage hides more latency where there is memory for it.
+    stages = 3 if is_16_bits and case.shared_memory > 128 * 1024 else 2
     # Maps whose channels are no neighbours are not copied in 16 bytes, and spill with what is kept ahead (sm_100).
-    ahead = dtype.itemsize == 2 and not heavy and not nchw
+    ahead = is_16_bits and not case.heavy and not case.nchw
     return AttentionTile(
-        pixels, block_tokens, key_chunk, value_chunk, warps, stages, registers, stages if ahead else None
+        settings["pixels"],
+        case.block_tokens,
+        channel_chunk(case.key_channels, settings["key_chunk"]),
+        channel_chunk(case.value_channels, settings["value_chunk"]),
+        settings["warps"],
+        stages,
+        settings.get("registers"),
+        stages if ahead else None,
     )
 
 
