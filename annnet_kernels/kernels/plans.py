@@ -20,8 +20,9 @@ from ..runtime.backends import interpreting, triton_version
 from .launch import Launch, on_device_of, run_all
 
 _INTERPRETING = interpreting()
-_KNOWN_LAUNCHER = (3, 6) <= triton_version() < (3, 9)
-"""Whether the launcher of a compiled kernel is one whose arguments are known; others are launched as users do it."""
+_VERSION = triton_version()
+_NO_HOOKS = (None, None, None)
+"""In the place of a launch's metadata and of the hooks ahead of it and behind it."""
 
 
 class _Planning(threading.local):
@@ -116,9 +117,9 @@ class Plan:
         with on_device_of(first):
             active, hooks = driver.active, knobs.runtime
             stream = active.get_current_stream(active.get_current_device())
-            directly = _KNOWN_LAUNCHER and not (_listens(hooks.launch_enter_hook) or _listens(hooks.launch_exit_hook))
+            hooked = _listens(hooks.launch_enter_hook) or _listens(hooks.launch_exit_hook)
             for launch in self._launches:
-                launch.run(tensors, stream, directly)
+                launch.run(tensors, stream, hooked)
 
 
 def _listens(hook: Any) -> bool:
@@ -126,11 +127,34 @@ def _listens(hook: Any) -> bool:
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
+def _launcher(kernel: Any) -> Callable[..., None] | None:
+    """What launches ``kernel`` without its hooks: (grid, stream, values). None where Triton's launcher is not known.
+
+    Triton 3.6 and 3.8 pass every launch through a method in Python that looks for memory to allocate. Where a kernel
+    needs none, what that method calls in the end is called at once.
+    """
+    if not (3, 6) <= _VERSION < (3, 9):
+        return None
+    launcher, function, metadata = kernel.run, kernel.function, kernel.packed_metadata
+    needs_memory = any(getattr(launcher, f"{kind}_scratch_size", 1) for kind in ("global", "profile"))
+    if _VERSION == (3, 7) or needs_memory or getattr(launcher, "gsan_enabled", False):
+        return lambda grid, stream, values: kernel.run(*grid, stream, function, metadata, *_NO_HOOKS, *values)
+    launch, options = launcher.launch, (launcher.launch_cooperative_grid, launcher.launch_pdl)
+    if _VERSION == (3, 6):
+        return lambda grid, stream, values: launch(
+            *grid, stream, function, *options, None, None, metadata, *_NO_HOOKS, *values
+        )
+    described = launcher.arg_annotations, launcher.kernel_signature
+    return lambda grid, stream, values: launch(
+        *grid, stream, function, *options, metadata, *_NO_HOOKS, None, None, *described, tuple(values)
+    )
+
+
 class Prepared:
     """A launch of a compiled kernel whose tensors are filled in at each call."""
 
     def __init__(self, launch: Launch, kernel: Any, place_of: Callable[[Tensor], int]) -> None:
-        self._kernel = kernel
+        self._kernel, self._launch = kernel, _launcher(kernel)
         self._grid = (*launch.grid, 1, 1)[:3]
         self._values = [launch.arguments[name] for name in launch.kernel.arg_names]
         self._tensors: list[tuple[int, int]] = []
@@ -146,8 +170,8 @@ class Prepared:
                     self._tuples.append((index, template, fields))
                     self._values[index] = None
 
-    def run(self, tensors: Sequence[Any], stream: int, directly: bool) -> None:
-        """Launch it, with ``tensors`` by their places; ``directly`` passes by Triton's own launch and its hooks."""
+    def run(self, tensors: Sequence[Any], stream: int, hooked: bool) -> None:
+        """Launch it, with ``tensors`` by their places; where hooks listen, as users of Triton do."""
         values = self._values.copy()
         for index, place in self._tensors:
             values[index] = tensors[place]
@@ -156,8 +180,7 @@ class Prepared:
             for i, place in fields:
                 filled[i] = tensors[place]
             values[index] = tuple(filled)
-        if directly:
-            kernel = self._kernel
-            kernel.run(*self._grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *values)
-        else:
+        if hooked or self._launch is None:
             self._kernel[self._grid](*values)
+        else:
+            self._launch(self._grid, stream, values)

@@ -62,14 +62,19 @@ class Call:
         return outputs[0] if outputs else None
 
 
+_NO_TENSORS = {bool, float, int, str, type(None)}
+
+
 def kind_of(operands: Sequence[Any]) -> list[Any]:
     """All of the operands that a plan depends on; the first is a tensor."""
     kinds: list[Any] = [operands[0].get_device()]
     for x in operands:
-        if isinstance(x, Tensor):
-            kinds.append((x.shape, x.stride(), x.dtype, x.data_ptr() & 15))
+        if type(x) in _NO_TENSORS:
+            kinds.append(x)
+        elif isinstance(x, Tensor):
+            kinds += x.shape, x.stride(), x.dtype, x.data_ptr() & 15
         else:
-            kinds.append(tuple(x) if isinstance(x, (list, tuple)) else x)
+            kinds.append(tuple(x))
     return kinds
 
 

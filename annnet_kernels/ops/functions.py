@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -12,6 +13,17 @@ from torch.autograd import Function, forward_ad
 def is_traced() -> bool:
     """Whether ``torch.compile`` or a transform of ``torch.func`` looks at what is called."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """PyTorch's decorator of a backward pass that has no derivative, by a shorter way where nothing is recorded."""
+    refusing = torch.autograd.function.once_differentiable(backward)
+
+    @wraps(backward)
+    def wrapped(ctx: Any, *gradients: Any) -> Any:
+        return refusing(ctx, *gradients) if torch.is_grad_enabled() else backward(ctx, *gradients)
+
+    return wrapped
 
 
 def apply(function: type[Function], *arguments: Any) -> Any:

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..runtime.tracers import exporting
-from .functions import is_traced
+from .functions import is_traced, once_differentiable
 from .registration import steps
 
 Gradients = tuple[Any, ...]

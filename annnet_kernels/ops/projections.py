@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..layouts import is_channels_last
 from . import registration
-from .functions import is_traced
+from .functions import is_traced, once_differentiable
 from .normalized import Gradients, Levels
 from .registration import is_batch_of_gradients, steps
 

@@ -69,9 +69,12 @@ def _step(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
             return operator(*arguments)
         for x in arguments:
             kind = type(x)
-            if kind in _NO_TENSORS or (kind is list and x and type(x[0]) in _NO_TENSORS):
+            if kind in _PLAIN:
+                if is_batch_of_gradients(x):
+                    return operator(*arguments)
+            elif kind in _NO_TENSORS or (kind is list and x and type(x[0]) in _NO_TENSORS):
                 continue
-            if not _is_plain(x):
+            elif not _is_plain(x):
                 return operator(*arguments)
         return run(*arguments)
 
@@ -82,11 +85,11 @@ _NO_TENSORS = {bool, float, int, str, type(None)}
 
 
 def _is_plain(argument: Any) -> bool:
-    """Whether an argument is no tensor, or one of PyTorch's own class that stands for itself."""
+    """Whether an argument holds no tensor, or those of PyTorch's own class that stand for themselves."""
+    if isinstance(argument, (list, tuple)):
+        return all(type(x) in _NO_TENSORS or _is_plain(x) for x in argument)
     if type(argument) in _PLAIN:
         return not is_batch_of_gradients(argument)
-    if isinstance(argument, (list, tuple)):
-        return all(map(_is_plain, argument))
     return not isinstance(argument, torch.Tensor)
 
 

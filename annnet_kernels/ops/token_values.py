@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .functions import is_traced
+from .functions import is_traced, once_differentiable
 from .matrix_products import WIDE, Program, matrix_products
 from .normalized import Gradients
 

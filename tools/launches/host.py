@@ -2,10 +2,13 @@
 
 What they compute takes time that on a GPU the device would spend. So each library call is timed alone, that time is
 taken off, and a launch of a library call counts as :data:`LIBRARY_LAUNCH` microseconds instead, alike on both sides.
+Memory that is freed is kept, as PyTorch's allocator on a GPU keeps it; else the C library would give larger tensors
+back to the system, and ask for them again.
 """
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,10 +21,13 @@ LIBRARY_LAUNCH = 8.0
 """Microseconds of host time that a launch of a library call counts as."""
 
 _REPEATS, _STEPS = 15, 8
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of ``mallopt``, see malloc.h."""
 
 
 def host_milliseconds(sides: Sequence[tuple[Callable[[], object], Calls]]) -> list[float]:
     """Host time of each side's call, in ms: the median of interleaved rounds, library calls at their fixed price."""
+    _keep_memory()
     computed = [sum(map(_microseconds_of, calls.library)) for _, calls in sides]
     priced = [sum(call.launches for call in calls.library) * LIBRARY_LAUNCH for _, calls in sides]
     rounds: list[list[float]] = [[] for _ in sides]
@@ -33,6 +39,14 @@ def host_milliseconds(sides: Sequence[tuple[Callable[[], object], Calls]]) -> li
             times.append((time.thread_time_ns() - start) / 1e3 / _STEPS)
     measured = map(statistics.median, rounds)
     return [(m - c + p) / 1e3 for m, c, p in zip(measured, computed, priced, strict=True)]
+
+
+def _keep_memory() -> None:
+    """Ask glibc to keep what is freed; other C libraries do as they like."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            set_option(option, 2**30)
 
 
 def _microseconds_of(call: LibraryCall) -> float:

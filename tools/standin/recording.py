@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +48,16 @@ class Recorder:
     mode: str
     launches: list[Launched] = field(default_factory=list)
     variants: list[Variant] = field(default_factory=list)
+    watch: Callable[[bool], None] = field(default=lambda _: None, repr=False)
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Inside this context launches of known plans are not written down, so that nothing of it counts as theirs."""
+        self.watch(False)
+        try:
+            yield
+        finally:
+            self.watch(True)
 
     def clear(self) -> None:
         """Forget the launches; the variants stay, since Triton compiles each only once."""
@@ -168,7 +180,7 @@ def _cpu_seconds() -> float:
 
 
 def _watch_launches(recorder: Recorder) -> None:
-    """Those of calls that are planned, and those of calls whose plan is known."""
+    """Those of calls that are planned, and those of calls whose plan is known; the latter unless ``unwatched``."""
     from annnet_kernels.kernels.launch import Launch
     from annnet_kernels.kernels.plans import Prepared
 
@@ -190,9 +202,13 @@ def _watch_launches(recorder: Recorder) -> None:
         recorder.launches.append(vars(self)["launched"])
         repeat(self, *arguments)
 
+    def watch(watches: bool) -> None:
+        Prepared.run = repeated if watches else repeat  # type: ignore[method-assign, assignment]
+
     Launch.run = watched  # type: ignore[method-assign]
     Prepared.__init__ = prepared  # type: ignore[method-assign, assignment]
-    Prepared.run = repeated  # type: ignore[method-assign, assignment]
+    watch(True)
+    recorder.watch = watch
 
 
 def _described(value: Any) -> str:
