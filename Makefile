@@ -18,7 +18,11 @@ NATIVE_SOURCES := setup.py $(shell find csrc -type f)
 VERSION_TESTS := $(addprefix test_,$(addsuffix .py,asymmetric_attention backends batch_norm blocks distributed export \
 	folding functional info modules native pyramid_pool replace))
 
-.PHONY: bench install-tests test test-python test-kernels test-oldest lint native wheel gpu gpu-full rehearse launches phases clean
+# Tests of what works beside the package, in a process of their own: exporters, compilers, other people's code, programs.
+AROUND_TESTS := tests/examples $(wildcard $(addprefix tests/test_,$(addsuffix .py,aoti benchmark* compat* compile* \
+	decode_heads docs* export gpu* launches mmseg native onnx p*ging phases plans published* readme scaling setup standin)))
+
+.PHONY: bench install-tests test test-python test-around test-kernels test-oldest lint native wheel gpu gpu-full rehearse launches phases clean
 
 bench: $(BENCH_READY) $(NATIVE_READY)  ## how much faster and smaller than plain PyTorch, on this machine
 	@echo "make: the benchmark"
@@ -28,11 +32,14 @@ install-tests: $(TEST_READY)  ## the environment of the tests, without the C++ e
 
 # Every test; the Triton kernels run in Triton's interpreter, in a process of their own.
 test: $(TEST_READY) $(LEVELS_READY)
-	@echo "make: the tests, in two processes"
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-python test-kernels
+	@echo "make: the tests, two processes at a time"
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-around test-python test-kernels
 
 test-python: $(TEST_READY) $(LEVELS_READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(AROUND_TESTS) tests/interpreter)
+
+test-around: $(TEST_READY) $(LEVELS_READY)
+	$(BIN)/python -m pytest $(AROUND_TESTS)
 
 test-kernels: $(TEST_READY) $(LEVELS_READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter

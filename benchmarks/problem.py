@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import annnet_kernels as ak
 from annnet_kernels import reference
 from annnet_kernels.pyramid import POOL_SIZES
+from annnet_kernels.runtime.backends import requested_backend
 
 from .cases import MODEL, Case
 from .counting import bytes_of
@@ -134,7 +135,7 @@ class Contestant:
 
     def _contexts(self) -> Iterator[AbstractContextManager[object]]:
         """Those that a call needs, and no others, for they are timed with it."""
-        if self.provider.backend != ak.backends.requested_backend():
+        if self.provider.backend != requested_backend():
             yield ak.use_backend(self.provider.backend)
         if self.case.autocast:
             yield torch.autocast(self.problem.device.type, getattr(torch, self.case.dtype))

@@ -47,7 +47,7 @@ def test_accuracy_of_shapes(shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_accuracy_of_the_reference(dtype):
-    for shape in SHAPES[:5]:
+    for shape in SHAPES[1:5]:
         assert_accurate(shape, dtype, "reference")
     assert ak.last_backend("asymmetric_attention") == ak.last_backend("asymmetric_attention_bwd") == "reference"
 

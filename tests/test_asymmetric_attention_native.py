@@ -18,6 +18,7 @@ from torch import Tensor
 
 import annnet_kernels as ak
 from annnet_kernels.runtime import native
+from annnet_kernels.runtime.backends import requested_backend
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -118,7 +119,7 @@ def forward_and_backward(
 ) -> tuple[Tensor, ...]:
     out, logsumexp, _ = torch.ops.annnet.asymmetric_attention(query, None, key, value, None, None, 0.2, False)
     gradients = torch.ops.annnet.asymmetric_attention_bwd(
-        grad, query, None, key, value, logsumexp, 0.2, needs, ak.backends.requested_backend()
+        grad, query, None, key, value, logsumexp, 0.2, needs, requested_backend()
     )
     return out, logsumexp, *gradients
 

@@ -133,7 +133,7 @@ def test_cuda_graphs_of_inductor():
     ("kind", "training", "backend"),
     [
         ("APNB", False, "aot_eager"),
-        ("AFNB", True, "aot_eager_decomp_partition"),
+        ("APNB", True, "aot_eager_decomp_partition"),
     ],
 )
 def test_compiled_autograd(kind, training, backend):
