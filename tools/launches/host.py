@@ -1,7 +1,9 @@
 """Host time of a call with launches stubbed: kernels of this package end in the stand-in driver, library calls compute.
 
-What they compute takes time that on a GPU the device would spend. So each library call is timed alone, that time is
-taken off, and a launch of a library call counts as :data:`LIBRARY_LAUNCH` microseconds instead, alike on both sides.
+What they compute takes time that on a GPU the device would spend. So a step's library calls are repeated by themselves,
+one after the other, their time is taken off, and a launch of a library call counts as :data:`LIBRARY_LAUNCH`
+microseconds instead, alike on both sides. Both are measured in turns: the machine may be faster at one time than at
+another. (Timed one by one, in a loop each, library calls take half as long as in a step, where nothing is in a cache.)
 Memory that is freed is kept, as PyTorch's allocator on a GPU keeps it; else the C library would give larger tensors
 back to the system, and ask for them again.
 """
@@ -12,6 +14,7 @@ import ctypes
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -20,7 +23,7 @@ from .counting import Calls, LibraryCall
 LIBRARY_LAUNCH = 8.0
 """Microseconds of host time that a launch of a library call counts as."""
 
-_REPEATS, _STEPS = 15, 8
+_REPEATS, _STEPS = 25, 8
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of ``mallopt``, see malloc.h."""
 
@@ -28,17 +31,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 def host_milliseconds(sides: Sequence[tuple[Callable[[], object], Calls]]) -> list[float]:
     """Host time of each side's call, in ms: the median of interleaved rounds, library calls at their fixed price."""
     _keep_memory()
-    computed = [sum(map(_microseconds_of, calls.library)) for _, calls in sides]
-    priced = [sum(call.launches for call in calls.library) * LIBRARY_LAUNCH for _, calls in sides]
     rounds: list[list[float]] = [[] for _ in sides]
     for _ in range(_REPEATS):
-        for (call, _), times in zip(sides, rounds, strict=True):
-            start = time.thread_time_ns()
-            for _ in range(_STEPS):
-                call()
-            times.append((time.thread_time_ns() - start) / 1e3 / _STEPS)
-    measured = map(statistics.median, rounds)
-    return [(m - c + p) / 1e3 for m, c, p in zip(measured, computed, priced, strict=True)]
+        for (call, calls), times in zip(sides, rounds, strict=True):
+            times.append(_microseconds_of(call) - _microseconds_of(partial(_repeat, calls.library)))
+    priced = [sum(call.launches for call in calls.library) * LIBRARY_LAUNCH for _, calls in sides]
+    return [(statistics.median(times) + price) / 1e3 for times, price in zip(rounds, priced, strict=True)]
 
 
 def _keep_memory() -> None:
@@ -49,22 +47,14 @@ def _keep_memory() -> None:
             set_option(option, 2**30)
 
 
-def _microseconds_of(call: LibraryCall) -> float:
-    """CPU time of a library call alone, less what calling an operator from Python costs."""
-    return max(0.0, _fastest(lambda: call.operator(*call.arguments, **call.keywords)) - _calling_cost())
+@torch.no_grad()
+def _repeat(library: Sequence[LibraryCall]) -> None:
+    for call in library:
+        call.operator(*call.arguments, **call.keywords)
 
 
-def _calling_cost() -> float:
-    x = torch.empty(1)
-    return _fastest(lambda: torch.ops.aten.alias.default(x))
-
-
-def _fastest(call: Callable[[], object]) -> float:
-    times = []
-    with torch.no_grad():
-        for _ in range(_REPEATS):
-            start = time.thread_time_ns()
-            for _ in range(_STEPS):
-                call()
-            times.append((time.thread_time_ns() - start) / 1e3 / _STEPS)
-    return statistics.median(times)
+def _microseconds_of(call: Callable[[], object]) -> float:
+    start = time.thread_time_ns()
+    for _ in range(_STEPS):
+        call()
+    return (time.thread_time_ns() - start) / 1e3 / _STEPS
