@@ -58,6 +58,7 @@ class Parts(NamedTuple):
     containers: Sequence[nn.Module]
     widths: Sequence[tuple[str, object, nn.Module]] = ()  # attributes that say how many channels a convolution puts out
     known: Sequence[type[nn.Module]] = ()  # classes in the projections of a block that was compared with its collapse
+    skipped: Sequence[tuple[type | None, nn.Module]] = ()  # what the collapse may not call; the class it must have
 
     def is_shared(self) -> bool:
         """Whether queries and keys are one projection, as in an APNB."""

@@ -22,6 +22,7 @@ from ..ops.functions import apply
 from ..ops.normalized import Levels
 from ..runtime.autocast import autocast_dtype
 from ..runtime.backends import requested_backend, use_backend
+from . import programs
 from .collapse import Parts, Projection, Weights, biases_of, constant_of, token_values, weights_of
 from .normalization import (
     FUSABLE_NORMS,
@@ -117,6 +118,11 @@ def _attend_again(
 
 def collapsed_forward(parts: Parts, low: Tensor, high: Tensor, *, recompute: bool = False) -> Tensor:
     """:func:`block_forward` on whole maps, from the block's present weights."""
+    repeated = None if recompute else programs.run(_collapsed, parts, low, high)
+    return _collapsed(parts, low, high, recompute) if repeated is None else repeated
+
+
+def _collapsed(parts: Parts, low: Tensor, high: Tensor, recompute: bool = False) -> Tensor:
     return block_forward(parts, Collapsed.of(parts), low, high, WHOLE, recompute=recompute)
 
 

@@ -47,8 +47,8 @@ def why_not(parts: Parts, rules: Sequence[Rule]) -> str | None:
 
 def changed_modules(parts: Parts) -> str | None:
     """A module whose forward would be skipped has another class, a forward of its own, or hooks."""
-    for kind, module in _skipped(parts):
-        actual = _class_of(module)
+    for kind, module in parts.skipped:
+        actual = type(module) if "parametrizations" not in module._modules else _class_of(module)
         if kind is not None and actual is not kind:
             name = actual.__name__ if actual.__name__ != kind.__name__ else f"{actual.__module__}.{actual.__name__}"
             return f"{name} in the place of {kind.__name__}"
@@ -63,7 +63,7 @@ def changed_modules(parts: Parts) -> str | None:
 
 def sharded_weights(parts: Parts) -> str | None:
     """FSDP2 spreads the parameters of an inner module over processes."""
-    for _, module in _skipped(parts):
+    for _, module in parts.skipped:
         for name, value in module._parameters.items():
             if type(value).__name__ == "DTensor":
                 return f"{_name_of(module)} holds a sharded {name} (DTensor)"
@@ -97,7 +97,7 @@ def other_geometry(parts: Parts) -> str | None:
 
 def unknown_children(parts: Parts) -> str | None:
     """Somebody appended a module to a Sequential of the block."""
-    known = {id(module) for _, module in _skipped(parts)}
+    known = {id(module) for _, module in parts.skipped}
     for container in parts.containers:
         if isinstance(container, nn.Sequential):
             for child in container._modules.values():
@@ -273,17 +273,7 @@ def _say_of_graph(reason: str) -> None:
 
 def _trains(parts: Parts) -> bool:
     """Whether a module of the block is in training mode."""
-    return any(module.training for _, module in _skipped(parts))
-
-
-def _skipped(parts: Parts) -> list[tuple[type | None, nn.Module]]:
-    """The modules that the collapse may not call, with the class each must be (None: any)."""
-    (_, *key), (_, *query) = parts.key, parts.query
-    return [
-        *((nn.Conv2d, conv) for conv in _convolutions(parts)),
-        *((nn.AdaptiveAvgPool2d, pool) for pool in parts.pools),
-        *((None, module) for module in (*key, *query, *parts.containers, *parts.tail)),
-    ]
+    return any(module.training for _, module in parts.skipped)
 
 
 def _convolutions(parts: Parts) -> list[nn.Conv2d]:

@@ -125,13 +125,16 @@ class Structure:
                 containers.append(level)
         query = _projection(found, places["query"])
         key = _projection(found, places["key"])
+        key = query if key.conv is query.conv else key
+        tail = [found[index] for index in places["tail"] if found[index] is not None]
+        convolutions = key.conv, query.conv, found[value], found[out], found[join] if join else None
         return Parts(
-            key=query if key.conv is query.conv else key,
+            key=key,
             query=query,
             value=found[value],
             out=found[out],
-            join=found[join] if join else None,
-            tail=[found[index] for index in places["tail"] if found[index] is not None],
+            join=convolutions[-1],
+            tail=tail,
             pools=levels,
             containers=containers,
             widths=[
@@ -139,6 +142,11 @@ class Structure:
                 for (_, attribute, _), owner, conv in zip(self.widths, places["owners"], places["fitting"], strict=True)
             ],
             known=self.known,
+            skipped=[
+                *[(nn.Conv2d, conv) for conv in convolutions if conv is not None],
+                *[(nn.AdaptiveAvgPool2d, level) for level in levels],
+                *[(None, module) for module in (*key[1:], *query[1:], *containers, *tail)],
+            ],
         )
 
 

@@ -17,7 +17,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from ..runtime.backends import interpreting, triton_version
-from .launch import Launch, on_device_of, run_all
+from .launch import on_device_of, run_all
 
 _INTERPRETING = interpreting()
 _VERSION = triton_version()
@@ -108,18 +108,43 @@ class Plan:
             return next(iter(candidates))
 
         self._memory = [(x.shape, x.dtype) for x in memory]
-        self._launches = [Prepared(launch, kernel, place_of) for launch, kernel in zip(launches, compiled, strict=True)]
+        self._launches = [
+            (kernel, _launcher(kernel), (*launch.grid, 1, 1)[:3])
+            for launch, kernel in zip(launches, compiled, strict=True)
+        ]
+        self._values = _filled_in([[x.arguments[name] for name in x.kernel.arg_names] for x in launches], place_of)
 
     def run(self, arguments: Sequence[Any]) -> None:
         """Launch all of it on the tensors of this call."""
         first: Tensor = arguments[0]
-        tensors = [*arguments, *(first.new_empty(shape, dtype=dtype) for shape, dtype in self._memory)]
+        tensors = [*arguments, *[first.new_empty(shape, dtype=dtype) for shape, dtype in self._memory]]
         with on_device_of(first):
             active, hooks = driver.active, knobs.runtime
             stream = active.get_current_stream(active.get_current_device())
             hooked = _listens(hooks.launch_enter_hook) or _listens(hooks.launch_exit_hook)
-            for launch in self._launches:
-                launch.run(tensors, stream, hooked)
+            for (kernel, launch, grid), values in zip(self._launches, self._values(tensors)):  # noqa: B905 takes time
+                if launch is None or hooked:
+                    kernel[grid](*values)  # as users of Triton launch it
+                else:
+                    launch(grid, stream, values)
+
+
+def _filled_in(templates: Sequence[Sequence[Any]], place_of: Callable[[Tensor], int]) -> Callable[[Sequence[Any]], Any]:
+    """Tensors by their places → the arguments of every launch. One expression: loops took as long as the launches."""
+    constants: list[Any] = []
+
+    def text_of(value: Any) -> str:
+        if isinstance(value, Tensor):
+            return f"tensors[{place_of(value)}]"
+        if isinstance(value, tuple):
+            return f"({''.join(f'{text_of(field)}, ' for field in value)})"
+        constants.append(value)
+        return f"constants[{len(constants) - 1}]" if type(value) not in (bool, int, type(None)) else repr(value)
+
+    namespace: dict[str, Any] = {"constants": constants}
+    text = "".join(f"{text_of(tuple(template))}, " for template in templates)
+    filled_in: Callable[[Sequence[Any]], Any] = eval(f"lambda tensors: ({text})", namespace)
+    return filled_in
 
 
 def _listens(hook: Any) -> bool:
@@ -146,41 +171,5 @@ def _launcher(kernel: Any) -> Callable[..., None] | None:
         )
     described = launcher.arg_annotations, launcher.kernel_signature
     return lambda grid, stream, values: launch(
-        *grid, stream, function, *options, metadata, *_NO_HOOKS, None, None, *described, tuple(values)
+        *grid, stream, function, *options, metadata, *_NO_HOOKS, None, None, *described, values
     )
-
-
-class Prepared:
-    """A launch of a compiled kernel whose tensors are filled in at each call."""
-
-    def __init__(self, launch: Launch, kernel: Any, place_of: Callable[[Tensor], int]) -> None:
-        self._kernel, self._launch = kernel, _launcher(kernel)
-        self._grid = (*launch.grid, 1, 1)[:3]
-        self._values = [launch.arguments[name] for name in launch.kernel.arg_names]
-        self._tensors: list[tuple[int, int]] = []
-        self._tuples: list[tuple[int, list[Any], list[tuple[int, int]]]] = []
-        for index, value in enumerate(self._values):
-            if isinstance(value, Tensor):
-                self._tensors.append((index, place_of(value)))
-                self._values[index] = None
-            elif isinstance(value, tuple):
-                fields = [(i, place_of(field)) for i, field in enumerate(value) if isinstance(field, Tensor)]
-                if fields:
-                    template = [None if isinstance(field, Tensor) else field for field in value]
-                    self._tuples.append((index, template, fields))
-                    self._values[index] = None
-
-    def run(self, tensors: Sequence[Any], stream: int, hooked: bool) -> None:
-        """Launch it, with ``tensors`` by their places; where hooks listen, as users of Triton do."""
-        values = self._values.copy()
-        for index, place in self._tensors:
-            values[index] = tensors[place]
-        for index, template, fields in self._tuples:
-            filled = template.copy()
-            for i, place in fields:
-                filled[i] = tensors[place]
-            values[index] = tuple(filled)
-        if hooked or self._launch is None:
-            self._kernel[self._grid](*values)
-        else:
-            self._launch(self._grid, stream, values)

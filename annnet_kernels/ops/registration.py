@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -43,9 +43,33 @@ is_batch_of_gradients = torch._C._functorch.is_legacy_batchedtensor
 """Whether a tensor stands for many, as in ``torch.autograd.grad(..., is_grads_batched=True)``."""
 
 
+class Repeater(NamedTuple):
+    """How an operator runs below the dispatcher, again and again on arguments that look the same."""
+
+    once: Callable[..., tuple[Any, calls.Call | None]]
+    """Arguments → outputs, and the call that made them, where it can be repeated."""
+    bind: Callable[[calls.Call], Callable[..., Any]]
+    """That call → a function of arguments."""
+
+
+REPEATERS: dict[Any, Repeater] = {}
+
+
 def launches(x: torch.Tensor) -> bool:
     """Whether work on the device of ``x`` is launched: then a cast costs a launch, and a step may wait for the host."""
     return x.is_cuda
+
+
+def nobody_listens() -> bool:
+    """Whether no mode, transform, tracer or profiler wants to see what is called."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _step(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,15 +81,7 @@ def _step(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def call(*arguments: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
-            or torch._C._len_torch_dispatch_stack() > 0
-            or torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
-            or torch._C._autograd._profiler_enabled()
-            or torch._C._get_tracing_state() is not None
-        ):
+        if torch.is_grad_enabled() or not nobody_listens():
             return operator(*arguments)
         for x in arguments:
             kind = type(x)
@@ -158,26 +174,42 @@ def register(
             if operands[index] is not None and not operands[index].is_inference():
                 torch.autograd.graph.increment_version(operands[index])
 
-    def run(*arguments: Any) -> Any:
+    def once(*arguments: Any) -> tuple[Any, calls.Call | None]:
+        """The outputs, and the call to repeat for arguments that look the same, where there is one."""
         *operands, requested = arguments if takes_backend else (*arguments, requested_backend())
         flat = [*operands[0], *operands[1:]] if takes_list else operands
-        first: torch.Tensor = flat[0]
         key = known = None
-        if launches(first):
-            settings = None if setting is None else setting(first.dtype)
+        if launches(flat[0]):
+            settings = None if setting is None else setting(flat[0].dtype)
             key, known = calls.find((operator_name, requested, settings, *calls.kind_of(flat)), flat)
         if known is None:
-            outputs = fill_new_outputs(arguments, operands, flat, requested, key)
+            outputs, known = fill_new_outputs(arguments, operands, flat, requested, key)
         else:
             outputs = known.repeat(flat)
             record_choice(name, "triton")
         if mutated:
             count_writes(operands)
-        return outputs
+        return outputs, known
+
+    def bind(call: calls.Call) -> Callable[..., Any]:
+        """A function for arguments that look like those of ``call``."""
+
+        def again(*arguments: Any) -> Any:
+            operands = arguments[:-1] if takes_backend else arguments
+            outputs = call.repeat([*operands[0], *operands[1:]] if takes_list else operands)
+            record_choice(name, "triton")
+            if mutated:
+                count_writes(operands)
+            return outputs
+
+        return again
+
+    def run(*arguments: Any) -> Any:
+        return once(*arguments)[0]
 
     def fill_new_outputs(
         arguments: Sequence[Any], operands: Sequence[Any], flat: Sequence[Any], requested: str | None, key: Any
-    ) -> Any:
+    ) -> tuple[Any, calls.Call | None]:
         outputs = allocate(*arguments)
         filled = outputs if isinstance(outputs, (tuple, list)) else () if outputs is None else (outputs,)
         if written is not None:
@@ -187,14 +219,17 @@ def register(
         fill = implementation(backend)
         if backend != "triton":
             fill(*operands, *filled)
-            return outputs
+            return outputs, None
         plan = fill.run_and_plan(*flat, *filled) if hasattr(fill, "run_and_plan") else fill(*flat, *filled)
-        if plan is not None and key is not None:
-            calls.keep(key, flat, calls.Call(plan, outputs, written))
-        return outputs
+        if plan is None or key is None:
+            return outputs, None
+        call = calls.Call(plan, outputs, written)
+        calls.keep(key, flat, call)
+        return outputs, call
 
     LIBRARY.impl(operator_name, run, "CompositeExplicitAutograd")
     setattr(steps, operator_name, _step(operator, run))
+    REPEATERS[operator] = Repeater(once, bind)
     torch.library.register_fake(f"{NAMESPACE}::{operator_name}", allocate, lib=LIBRARY)
     if vmap is not None:
         torch.library.register_vmap(f"{NAMESPACE}::{operator_name}", vmap, lib=LIBRARY)

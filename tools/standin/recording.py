@@ -182,9 +182,9 @@ def _cpu_seconds() -> float:
 def _watch_launches(recorder: Recorder) -> None:
     """Those of calls that are planned, and those of calls whose plan is known; the latter unless ``unwatched``."""
     from annnet_kernels.kernels.launch import Launch
-    from annnet_kernels.kernels.plans import Prepared
+    from annnet_kernels.kernels.plans import Plan
 
-    run, prepare, repeat = Launch.run, Prepared.__init__, Prepared.run
+    run, make, repeat = Launch.run, Plan.__init__, Plan.run
 
     def described(launch: Launch) -> Launched:
         signature = {name: _described(value) for name, value in launch.arguments.items()}
@@ -194,19 +194,19 @@ def _watch_launches(recorder: Recorder) -> None:
         recorder.launches.append(described(self))
         return run(self)
 
-    def prepared(self: Prepared, launch: Launch, *others: Any) -> None:
-        prepare(self, launch, *others)
-        vars(self)["launched"] = described(launch)
+    def made(self: Plan, launches: Any, *others: Any) -> None:
+        make(self, launches, *others)
+        vars(self)["launched"] = list(map(described, launches))
 
-    def repeated(self: Prepared, *arguments: Any) -> None:
-        recorder.launches.append(vars(self)["launched"])
-        repeat(self, *arguments)
+    def repeated(self: Plan, arguments: Any) -> None:
+        recorder.launches += vars(self)["launched"]
+        repeat(self, arguments)
 
     def watch(watches: bool) -> None:
-        Prepared.run = repeated if watches else repeat  # type: ignore[method-assign, assignment]
+        Plan.run = repeated if watches else repeat  # type: ignore[method-assign]
 
     Launch.run = watched  # type: ignore[method-assign]
-    Prepared.__init__ = prepared  # type: ignore[method-assign, assignment]
+    Plan.__init__ = made  # type: ignore[method-assign, assignment]
     watch(True)
     recorder.watch = watch
 
