@@ -133,3 +133,32 @@ for _ in range(3):
     ops.batch_norm_apply(y, norm, None, True)
 assert not calls._kept
 """)
+
+
+def test_a_block_that_repeats_its_step_launches_what_the_ordinary_forward_launches():
+    run("""
+from torch.utils._python_dispatch import TorchDispatchMode
+from annnet_kernels.blocks import programs
+
+class Listener(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+for block, widths in ((ak.AFNB(16, 32, 32, 16, 16), (16, 32)), (ak.APNB(32, 32, 16, 16), (32,))):
+    maps = [torch.randn(2, c, 33, 40).contiguous(memory_format=torch.channels_last) for c in widths]
+    maps = [x.bfloat16().requires_grad_() for x in maps]
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            out = block(*maps)
+        torch.autograd.grad(out, [*maps, *block.parameters()], torch.ones_like(out))
+
+    for call in (step, torch.no_grad()(lambda: block(*[x.float() for x in maps]))):
+        known = len(programs._programs)
+        call()
+        assert len(programs._programs) == known + 1 and None not in programs._programs.values()
+        repeated = launches(call)
+        with Listener():
+            expected = launches(call)
+        assert len(repeated) > 8 and repeated == expected
+""")
