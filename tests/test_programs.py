@@ -6,6 +6,7 @@ Programs are for devices on which work is launched. Here they run on a CPU that 
 from __future__ import annotations
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -116,6 +117,68 @@ def test_a_gradient_that_lies_otherwise(monkeypatch):
         found = torch.autograd.grad(loss(block(*maps)), maps)
         expected = ordinary(monkeypatch, lambda loss=loss: torch.autograd.grad(loss(block(*maps)), maps))
         torch.testing.assert_close(found, expected)
+
+
+def test_the_gradient_that_a_program_gets_lies_as_the_recorded_one():
+    """Its launches know strides and alignment."""
+    block, maps = build("APNB")[0].eval(), draw("APNB")
+    torch.autograd.grad(block(*maps).sum(), maps)
+    (program,) = known()
+    strides, run = [], program._backward
+    program._backward = lambda *tensors: strides.append(tensors[-1].stride()) or run(*tensors)
+    torch.autograd.grad(block(*maps).sum(), maps)
+    assert strides == [block(*maps).stride()]
+
+
+def test_autocast_does_not_reach_into_a_program():
+    """Its casts are calls of their own."""
+    block, maps = build("APNB")[0].float().eval(), draw("APNB", torch.float32)
+    seen = []
+    for records in (True, False):
+        with torch.set_grad_enabled(records), torch.autocast("cpu", torch.bfloat16):
+            block(*maps)
+            program, run = known()[-1], known()[-1].forward
+            program.forward = lambda *x, run=run: seen.append(torch.is_autocast_enabled("cpu")) or run(*x)
+            block(*maps)
+            assert torch.is_autocast_enabled("cpu")
+    assert seen == [False, False]
+
+
+def test_which_tensor_is_missing_tells_programs_apart(monkeypatch):
+    """A convolution without bias ahead of a norm, or one with a bias ahead of a norm without weight."""
+    maps = [x.detach() for x in draw("APNB")]
+    for missing in ("conv", "norm"):
+        block = build("APNB")[0].eval()
+        query = block.stages[0].f_query
+        if missing == "conv":
+            query[0].bias = None
+        else:
+            query[1][0].weight = None
+        with torch.no_grad():
+            expected = ordinary(monkeypatch, lambda block=block: block(*maps))
+            torch.testing.assert_close(block(*maps), expected)
+    assert len(known()) == 2
+
+
+def test_what_no_line_reads_any_more_is_freed():
+    made = []
+
+    def make(x):
+        y = x + 1
+        made.append(weakref.ref(y))
+        return y
+
+    def look(x):
+        assert made[0]() is None
+        return x * 2
+
+    lines = [
+        programs._Line(make, "t0", [], ["t0"], ["t1"], True),
+        programs._Line(make, "t1", [], ["t1"], ["t2"], True),
+        programs._Line(look, "t2", [], ["t2"], ["t3"], True),
+    ]
+    program = programs._function(["t0"], lines, "t3", {"t0", "t3"})
+    assert program(torch.zeros(3)).tolist() == [4.0] * 3
 
 
 def test_the_graph_behaves_as_autograds_own():

@@ -94,8 +94,7 @@ def _tensors_of(module: nn.Module) -> list[Tensor]:
 
 def _is_recordable(module: nn.Module) -> bool:
     """Whether all that the forward reads of a module is a parameter, a buffer or a setting."""
-    kind = type(module)
-    return kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Dropout2d) and "parametrizations" not in module._modules
+    return type(module) in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Dropout2d)  # a parametrized module has its own class
 
 
 def _key_of(parts: Parts, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> Any:
