@@ -61,7 +61,7 @@ def run(forward: Forward, parts: Parts, low: Tensor, high: Tensor) -> Tensor | N
     if program is None:
         return None
     if not records:
-        with torch.no_grad(), untouched_by_autocast(high), torch._C._AutoDispatchBelowAutograd():
+        with untouched_by_autocast(high), torch._C._AutoDispatchBelowAutograd():  # nothing of it would be recorded
             out: Tensor = program.forward(*tensors)[0]
             return out
     repeated: Tensor = _Repeated.apply(program, *tensors)

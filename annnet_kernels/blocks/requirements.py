@@ -82,10 +82,11 @@ def other_weights(parts: Parts) -> str | None:
 
 def other_geometry(parts: Parts) -> str | None:
     """A convolution or pool is more than a product over channels or a mean over bins."""
+    traced = jit_tracing()  # shapes are tensors then
     for conv in _convolutions(parts):
         if (conv.kernel_size, conv.stride, conv.padding, conv.groups) != ((1, 1), (1, 1), (0, 0), 1):
             return f"{_name_of(conv)} is no plain 1 × 1 convolution: {conv.extra_repr()}"
-        weight = None if jit_tracing() else conv._parameters.get("weight")
+        weight = None if traced else conv._parameters.get("weight")
         if weight is not None and weight.shape[:2] != (conv.out_channels, conv.in_channels):
             return f"{_name_of(conv)}({conv.in_channels}, {conv.out_channels}) holds a weight {tuple(weight.shape)}"
     for pool in parts.pools:
