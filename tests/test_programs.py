@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from annnet_kernels.blocks import programs
+from annnet_kernels.blocks import program_text, programs
 from annnet_kernels.ops import registration
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -173,12 +173,36 @@ def test_what_no_line_reads_any_more_is_freed():
         return x * 2
 
     lines = [
-        programs._Line(make, "t0", [], ["t0"], ["t1"], True),
-        programs._Line(make, "t1", [], ["t1"], ["t2"], True),
-        programs._Line(look, "t2", [], ["t2"], ["t3"], True),
+        program_text._Line(make, "t0", [], ["t0"], ["t1"], True),
+        program_text._Line(make, "t1", [], ["t1"], ["t2"], True),
+        program_text._Line(look, "t2", [], ["t2"], ["t3"], True),
     ]
-    program = programs._function(["t0"], lines, "t3", {"t0", "t3"})
+    program = program_text._function(["t0"], lines, "t3", {"t0", "t3"})
     assert program(torch.zeros(3)).tolist() == [4.0] * 3
+
+
+def test_a_result_that_lies_otherwise_than_recorded_is_copied(caplog):
+    """As where a library chooses another layout on the device than for the stand-ins."""
+    calls = []
+
+    def transposed(x):
+        calls.append(x)
+        return (x + 1).t().contiguous().t()
+
+    lines = [
+        program_text._Line(transposed, "t0", [], ["t0"], ["t1"], True, [(3, 1)]),
+        program_text._Line(lambda x: (x * 2, None), "t1", [], ["t1"], ["t2", "_"], False, [(3, 1), None]),
+    ]
+    program = program_text._function(["t0"], lines, "t1, t2", {"t0", "t1", "t2"})
+    x = torch.arange(6.0).view(2, 3)
+    with caplog.at_level(logging.DEBUG, logger="annnet_kernels"):
+        for _ in range(3):
+            first, second = program(x)
+            assert torch.equal(first, x + 1)
+            assert torch.equal(second, 2 * x + 2)
+            assert first.stride() == second.stride() == (3, 1)
+    assert len(calls) == 3
+    assert len([record for record in caplog.records if "copied into the layout" in record.message]) == 1
 
 
 def test_the_graph_behaves_as_autograds_own():
