@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import weakref
 
+import fresh
 import pytest
 import torch
 from block_rule import MAPS, build
@@ -280,6 +281,18 @@ def test_a_recording_that_fails_is_told_and_costs_nothing_else(monkeypatch, capl
     assert len([record for record in caplog.records if "no such call" in record.message]) == 1
     for out in found:
         torch.testing.assert_close(out, expected)
+
+
+def test_they_can_be_turned_off():
+    code = """
+import torch, annnet_kernels as ak
+from annnet_kernels.blocks import programs
+from annnet_kernels.ops import registration
+registration.launches = lambda _: True
+ak.APNB(8, 8, 4, 4)(torch.randn(1, 8, 5, 5))
+print(len(programs._programs))
+"""
+    assert [fresh.python(code, ANNNET_PROGRAMS=value).stdout.strip() for value in ("0", "1")] == ["0", "1"]
 
 
 def test_programs_are_bounded(monkeypatch):

@@ -12,6 +12,7 @@ block with norms that share statistics between processes, or with parametrized w
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -33,6 +34,9 @@ from .program_text import Program, Recorded
 MOST_PROGRAMS = 256
 """So many programs are kept; the oldest goes first."""
 
+_WANTED = os.environ.get("ANNNET_PROGRAMS", "1") != "0"
+"""Whether blocks may run as programs: ``ANNNET_PROGRAMS=0`` tells a fault of theirs from one of the kernels."""
+
 _programs: dict[Any, Program | None] = {}
 _logger = logging.getLogger("annnet_kernels")
 
@@ -44,7 +48,7 @@ Forward = Callable[[Parts, Tensor, Tensor], Tensor]
 
 def run(forward: Forward, parts: Parts, low: Tensor, high: Tensor) -> Tensor | None:
     """The output of ``forward`` by its program; None where there is none, and the ordinary forward has to run."""
-    if not registration.launches(high) or not registration.nobody_listens():
+    if not (_WANTED and registration.launches(high) and registration.nobody_listens()):
         return None
     modules = _modules_of(parts)
     maps = [high] if low is high else [high, low]
