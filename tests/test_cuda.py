@@ -6,6 +6,8 @@ import pytest
 import torch
 from block_rule import CLASSES, MAPS, assert_same, build
 
+from annnet_kernels.blocks import programs
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 BFLOAT16 = torch.bfloat16
@@ -115,6 +117,14 @@ def test_a_training_step_in_a_cuda_graph(kind):
         found = {"out": out.detach()} | {f"grad {i}": x.grad for i, x in enumerate(static)}
         found |= {n: p.grad for n, p in block.named_parameters()} | {f"after {n}": b for n, b in block.named_buffers()}
         assert_same(found, expected, tolerance=1e-2)
+
+
+def test_a_program_computes_what_the_ordinary_forward_computes(kind, monkeypatch):
+    block, maps, weights = make(kind)
+    found = step(block, maps, weights)
+    assert None not in programs._programs.values()
+    monkeypatch.setattr(programs, "run", lambda *_: None)
+    assert_equal_bits(found, step(block, maps, weights))
 
 
 def test_deterministic_mode_gives_the_same_bits(kind):

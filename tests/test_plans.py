@@ -162,3 +162,23 @@ for block, widths in ((ak.AFNB(16, 32, 32, 16, 16), (16, 32)), (ak.APNB(32, 32, 
             expected = launches(call)
         assert len(repeated) > 8 and repeated == expected
 """)
+
+
+def test_whoever_watches_launches_sees_those_of_known_calls():
+    """The profile of a GPU campaign: floors by operands, and events around every launch."""
+    run("""
+from tools.gpu import profiling
+block = ak.APNB(32, 32, 16, 16)
+x = torch.randn(1, 32, 9, 8, requires_grad=True)
+
+def step():
+    torch.autograd.grad(block(x).sum(), [x, *block.parameters()])
+
+for _ in range(3):
+    step()
+names = {launch.kernel for launch in launches(step)}
+assert len(names) > 10
+assert set(profiling.operand_bytes(step)) == names
+assert names <= set(profiling._by_events(step, torch.device("cpu")))
+assert {launch.kernel for launch in launches(step)} == names  # and the calls are known as before
+""")

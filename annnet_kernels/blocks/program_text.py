@@ -43,12 +43,11 @@ class Program:
     ) -> None:
         names = _Names()
         arguments = [names.of(x) for x in inputs]
-        ahead, behind = names.of_calls(forwards), []
+        ahead = names.of_calls(forwards)
         result = names.of(out)
         made_ahead = names.count
-        returned: list[str] = []
         saved: list[str] = []
-        self._grad: Any = None
+        self._backward: Callable[..., Any] | None = None
         if grad is not None:
             self._grad = grad.shape, grad.stride(), grad.dtype
             upstream = names.of(grad)
@@ -56,13 +55,9 @@ class Program:
             returned = ["None" if g is None else names.of(g) for g in gradients]
             read = {name for call in behind for name in call.reads} | {name for name in returned if name != "None"}
             saved = sorted((name for name in read if name != upstream and _number(name) < made_ahead), key=_number)
+            self._backward = _function([*saved, upstream], behind, f"({_listed(returned)})", {*saved, *returned})
         self.forward = _function(arguments, ahead, f"{result}, ({_listed(saved)})", {*arguments, *saved, result})
         """(*inputs) → the output, and what to save."""
-        self._backward = (
-            None
-            if grad is None
-            else _function([*saved, upstream], behind, f"({_listed(returned)})", {*saved, *returned})
-        )
 
     def backward(self, saved: Sequence[Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs."""
@@ -204,8 +199,10 @@ def _function(arguments: Sequence[str], lines: Sequence[_Line], result: str, nee
     text = [f"def program({', '.join(arguments)}):"]
     for number, line in enumerate(lines):
         repeater, name = registration.REPEATERS.get(line.function), f"f{number}"
-        seen = _seen_once_called(line, namespace, name) if repeater is None else None
-        namespace[name] = seen if repeater is None else _bound_once_called(repeater, namespace, name)
+        if repeater is None:
+            namespace[name] = _seen_once_called(line, namespace, name)
+        else:
+            namespace[name] = _bound_once_called(repeater, namespace, name)
         namespace[f"c{number}"] = line.constants
         targets = line.writes[0] if line.is_one else _listed(line.writes)
         call = f"f{number}({line.arguments.replace('{constants}', f'c{number}')})"

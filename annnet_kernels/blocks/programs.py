@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels.launch import product_precision
 from ..ops import registration
-from ..ops.calls import kind_of
+from ..ops.calls import kind_of, repeating
 from ..ops.functions import once_differentiable
 from ..runtime.autocast import autocast_dtype, untouched_by_autocast
 from ..runtime.backends import requested_backend
@@ -48,7 +48,7 @@ Forward = Callable[[Parts, Tensor, Tensor], Tensor]
 
 def run(forward: Forward, parts: Parts, low: Tensor, high: Tensor) -> Tensor | None:
     """The output of ``forward`` by its program; None where there is none, and the ordinary forward has to run."""
-    if not (_WANTED and registration.launches(high) and registration.nobody_listens()):
+    if not (_WANTED and registration.launches(high) and repeating() and registration.nobody_listens()):
         return None
     modules = _modules_of(parts)
     maps = [high] if low is high else [high, low]

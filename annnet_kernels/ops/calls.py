@@ -8,7 +8,8 @@ the operands, on the other arguments and on the device. So the first call of a k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,6 +19,7 @@ MOST_CALLS = 1024
 """So many kinds of calls are kept; the oldest goes first."""
 
 _kept: dict[Any, Any] = {}
+_repeating = True
 _SHARING = object()
 """In the place of a call: what it launches depends on which operands are one tensor."""
 
@@ -62,20 +64,37 @@ class Call:
         return outputs[0] if outputs else None
 
 
-_NO_TENSORS = {bool, float, int, str, type(None)}
+NO_TENSORS = {bool, float, int, str, type(None)}
+"""Classes of arguments that are no tensors and hold none."""
 
 
 def kind_of(operands: Sequence[Any]) -> list[Any]:
     """All of the operands that a plan depends on; the first is a tensor."""
     kinds: list[Any] = [operands[0].get_device()]
     for x in operands:
-        if type(x) in _NO_TENSORS:
+        if type(x) in NO_TENSORS:
             kinds.append(x)
         elif isinstance(x, Tensor):
             kinds += x.shape, x.stride(), x.dtype, x.data_ptr() & 15
         else:
             kinds.append(tuple(x))
     return kinds
+
+
+def repeating() -> bool:
+    """Whether calls may be repeated."""
+    return _repeating
+
+
+@contextmanager
+def each_planned_anew() -> Iterator[None]:
+    """Inside this context no call is repeated, in no thread: whoever watches launches as they are planned sees all."""
+    global _repeating
+    before, _repeating = _repeating, False
+    try:
+        yield
+    finally:
+        _repeating = before
 
 
 def find(key: Any, operands: Sequence[Any]) -> tuple[Any, Call | None]:

@@ -70,7 +70,7 @@ class Parameters(NamedTuple):
     def gradients(self, sums: Tensor) -> Gradients:
         """Of weight and bias, from Σ g and Σ g·ŷ."""
         dbias, dweight = sums.unbind()
-        return _as(dweight, self.weight), _as(dbias, self.bias)
+        return _in_dtype(dweight, self.weight), _in_dtype(dbias, self.bias)
 
     def zeros(self, like: Tensor) -> Gradients:
         """Of the cancelled biases: parts of one tensor of zeros, where they have one dtype."""
@@ -87,7 +87,7 @@ class Parameters(NamedTuple):
         return tuple([None if entry is None else next(parts) for entry in self.cancelled])
 
 
-def _as(gradient: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+def _in_dtype(gradient: Tensor, dtype: torch.dtype | None) -> Tensor | None:
     """A gradient in the dtype of its parameter; None where there is no parameter."""
     return gradient if gradient.dtype == dtype else None if dtype is None else gradient.to(dtype)
 

@@ -88,7 +88,7 @@ def _step(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
             if kind in _PLAIN:
                 if is_batch_of_gradients(x):
                     return operator(*arguments)
-            elif kind in _NO_TENSORS or (kind is list and x and type(x[0]) in _NO_TENSORS):
+            elif kind in calls.NO_TENSORS or (kind is list and x and type(x[0]) in calls.NO_TENSORS):
                 continue
             elif not _is_plain(x):
                 return operator(*arguments)
@@ -97,13 +97,10 @@ def _step(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-_NO_TENSORS = {bool, float, int, str, type(None)}
-
-
 def _is_plain(argument: Any) -> bool:
     """Whether an argument holds no tensor, or those of PyTorch's own class that stand for themselves."""
     if isinstance(argument, (list, tuple)):
-        return all(type(x) in _NO_TENSORS or _is_plain(x) for x in argument)
+        return all(type(x) in calls.NO_TENSORS or _is_plain(x) for x in argument)
     if type(argument) in _PLAIN:
         return not is_batch_of_gradients(argument)
     return not isinstance(argument, torch.Tensor)
@@ -179,7 +176,7 @@ def register(
         *operands, requested = arguments if takes_backend else (*arguments, requested_backend())
         flat = [*operands[0], *operands[1:]] if takes_list else operands
         key = known = None
-        if launches(flat[0]):
+        if launches(flat[0]) and calls.repeating():
             settings = None if setting is None else setting(flat[0].dtype)
             key, known = calls.find((operator_name, requested, settings, *calls.kind_of(flat)), flat)
         if known is None:

@@ -23,7 +23,7 @@ def no_autocast(device_type: str) -> AbstractContextManager[object]:
 
 
 class untouched_by_autocast:
-    """The same for code that nothing traces, in a tenth of the time: PyTorch's context takes as long as a launch."""
+    """The same for code that nothing traces, with less of the host's time than PyTorch's context takes."""
 
     def __init__(self, x: torch.Tensor) -> None:
         self._device_type = "cpu" if x.is_cpu else x.device.type

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from annnet_kernels.kernels.launch import Launch
+from annnet_kernels.ops.calls import each_planned_anew
 from benchmarks import features, machine
 from benchmarks.cases import Case
 from benchmarks.measure import Call, synchronize
@@ -178,11 +179,12 @@ def operand_bytes(step: Call) -> Counter[str]:
 
 @contextmanager
 def _each_launch(around: Callable[[Launch, Callable[[], None]], Any]) -> Iterator[None]:
-    """``around(launch, run)`` in the place of every launch of ours."""
+    """``around(launch, run)`` in the place of every launch of ours; known calls are planned anew for it."""
     original = Launch.run
     Launch.run = lambda self: around(self, lambda: original(self))  # type: ignore[method-assign]
     try:
-        yield
+        with each_planned_anew():
+            yield
     finally:
         Launch.run = original  # type: ignore[method-assign]
 
